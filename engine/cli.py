@@ -1,0 +1,136 @@
+"""The ``smalt`` command: generate and evaluate from a run, write data, look at the machine, measure."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.extras import SubcommandApp
+
+from .errors import BadRecord, UserError
+
+app, data, bench = SubcommandApp(), SubcommandApp(), SubcommandApp()
+app.command(data, name="data", help="Write data.")
+app.command(bench, name="bench", help="Measure speed and memory on this machine.")
+RunDir = Annotated[Path, tyro.conf.arg(name="run", metavar="DIR")]
+
+
+@app.command
+def generate(
+    folder: RunDir,
+    prompt: str,
+    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
+    mode: Literal["think", "answer"] = "think",
+    budget: int | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Answer one question from a trained run.
+
+    Args:
+        folder: Folder of the run; its newest checkpoint answers.
+        prompt: The question. Each <image> in it stands for one image; images without one come first.
+        image: An image file; give the option once an image.
+        mode: Think first, or answer at once.
+        budget: Tokens that may be thought before the answer is forced; unlimited when not given.
+        max_tokens: Longest completion in tokens.
+        temperature: 0 takes the likeliest token, 1 samples from the model.
+        top_k: Sample among the k likeliest tokens; 0 for all.
+        top_p: Sample among the likeliest tokens that together have this probability.
+        seed: Fixes what is sampled.
+    """
+    from smalt.model.generate import Sampling
+
+    from .inference import load_run, respond
+
+    sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
+    thought, answer = respond(load_run(folder), prompt, image, mode, budget, sampling)
+    if mode == "think":
+        print(f"thought: {thought}")
+    print(f"answer: {answer}")
+
+
+@app.command(name="eval")
+def evaluate(folder: RunDir, questions: int | None = None) -> None:
+    """Repeat the final evaluation of a run on its newest checkpoint, and rewrite its files.
+
+    Args:
+        folder: Folder of the run.
+        questions: Questions a task; as many as the run's config says when not given.
+    """
+    from .inference import evaluate_run
+
+    evaluate_run(folder, questions)
+
+
+@data.command
+def digits(out: Path = Path("data/digits"), records: int = 20_000, questions: int = 500, seed: int = 0) -> None:
+    """Write the data of the default run: questions about scikit-learn's handwritten digits.
+
+    Args:
+        out: Folder to write to.
+        records: Training records a task.
+        questions: Held-out questions a task.
+        seed: Fixes the split, the augmentation and the questions.
+    """
+    from .data.digits import write_digits
+
+    for path, count in write_digits(out, records, questions, seed).items():
+        print(f"{path}: {count:,} records")
+
+
+@app.command
+def doctor() -> None:
+    """Say what this machine can do and what is wrong with it."""
+    from smalt.profiling.doctor import doctor as examine
+    from smalt.profiling.doctor import print_doctor
+
+    raise SystemExit(print_doctor(examine()))
+
+
+@bench.command
+def cpu(
+    config: Path = Path("configs/digits.toml"),
+    documents: int = 2000,
+    batch: int = 32,
+    rounds: int = 5,
+    threads: int = 2,
+) -> None:
+    """Train the same sizes on the same records with transformers and with Smalt, alternating, and compare.
+
+    Args:
+        config: Config whose model, last stage and data are used.
+        documents: Documents that both train on.
+        batch: Documents of a batch of transformers.
+        rounds: Times that all contestants take their turn.
+        threads: Threads of torch.
+    """
+    from smalt.profiling.bench_cpu import bench_cpu, print_report
+
+    from .config import load_config
+    from .data.stream import stream_documents
+    from .stage import stage_stream
+    from .trainer import open_data
+
+    loaded = load_config(config)
+    name, stage = list(loaded.stages.items())[-1]
+    chosen = stream_documents(stage_stream(loaded, name, open_data(loaded)), documents)
+    print_report(bench_cpu(chosen, loaded.model, pack_length=stage.sequence_length, batch=batch, rounds=rounds, threads=threads))
+
+
+def main() -> int:
+    try:
+        app.cli(prog="smalt", description=__doc__)
+    except (UserError, BadRecord, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

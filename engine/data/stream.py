@@ -1,0 +1,85 @@
+"""The order of training: sample i of a stage's stream is a pure function of (seed, stage, i), on any layout, after any restart."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from smalt.model import Document
+
+from ..errors import BadRecord, UserError
+from .chat import ChatEncoder, Mode
+from .records import ParquetRecords
+
+# grain imports JAX where it finds it and warns where it does not; neither matters here.
+logging.getLogger("absl").setLevel(logging.ERROR)
+import grain  # noqa: E402
+
+
+@dataclass(frozen=True)
+class SkippedSample:
+    """A record that could not become a document: which, and why."""
+
+    source: str
+    record: int
+    cause: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Presentation:
+    """How records with a thought are shown. think: share in think mode; truncate: share of those whose thought is cut at random."""
+
+    think: float
+    truncate: float
+
+
+def sample_stream(
+    sources: Mapping[str, ParquetRecords],
+    mixture: Mapping[str, float],
+    encoder: ChatEncoder,
+    presentation: Presentation,
+    seed: int,
+) -> grain.MapDataset:
+    """An endless random-access stream of Document | SkippedSample, sources mixed by weight, each shuffled anew every epoch."""
+    unknown = set(mixture) - set(sources)
+    if unknown:
+        raise UserError(f"the mixture names {', '.join(sorted(unknown))}; data.sources has {', '.join(sorted(sources))}")
+    chosen = {name: weight for name, weight in mixture.items() if weight > 0}
+    if not chosen:
+        raise UserError("the mixture has no source of positive weight")
+    parts = []
+    for number, name in enumerate(chosen):
+        encode = _Encode(sources[name], encoder, presentation)
+        # grain counts epochs up from the seed: neighbouring seeds would give one source the orders of another.
+        order_seed, draw_seed = (int(n) for n in np.random.SeedSequence((seed, number)).generate_state(2))
+        order = grain.MapDataset.range(len(sources[name])).shuffle(seed=order_seed).repeat()
+        parts.append(order.random_map(encode, seed=draw_seed))
+    total = sum(chosen.values())
+    return grain.MapDataset.mix(parts, [w / total for w in chosen.values()])
+
+
+def stream_documents(stream: grain.MapDataset, count: int) -> list[Document]:
+    """The first ``count`` usable documents of a stream."""
+    usable = (item for item in (stream[i] for i in range(2**62)) if isinstance(item, Document))
+    return list(itertools.islice(usable, count))
+
+
+class _Encode(grain.transforms.RandomMap):
+    """Record number to Document; what is drawn at random comes from the generator that grain keys by the sample's index."""
+
+    def __init__(self, records: ParquetRecords, encoder: ChatEncoder, presentation: Presentation):
+        self.records, self.encoder, self.presentation = records, encoder, presentation
+
+    def random_map(self, element: int, rng: np.random.Generator) -> Document | SkippedSample:
+        think, truncate, cut = rng.random(3)
+        mode: Mode = "think" if think < self.presentation.think else "answer"
+        keep = float(cut) if truncate < self.presentation.truncate else None
+        try:
+            return self.encoder.sample(self.records[int(element)], mode, keep)
+        except BadRecord as error:
+            return SkippedSample(self.records.name, int(element), error.cause, error.detail)

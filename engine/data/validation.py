@@ -1,0 +1,77 @@
+"""Held-out loss by source: the same packs at every measurement, dealt over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from smalt.model import Document, ModelConfig, PackedBatch, pack
+from smalt.parallel import World, sum_over_ranks
+
+from ..errors import BadRecord
+from .chat import ChatEncoder
+from .loader import num_targets
+from .records import ParquetRecords
+
+
+class ValidationSet:
+    """The first documents of each source, in think mode where they have a thought, packed once."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, ParquetRecords],
+        encoder: ChatEncoder,
+        limit: int,
+        length: int,
+        model: ModelConfig,
+        world: World,
+    ):
+        self.world = world
+        self.packs: dict[str, list[PackedBatch]] = {}
+        self.loss_tokens: dict[str, int] = {}
+        for name, records in sources.items():
+            documents = _documents(records, encoder, limit, length)
+            rows = _in_order(documents, length)
+            # Every rank runs as many packs: where they do not divide, the last ones are empty.
+            rows += [[] for _ in range(-len(rows) % world.size)]
+            mine = rows[world.rank :: world.size]
+            self.packs[name] = [pack(row, length, model.image_attention, model.vision.tile) for row in mine]
+            self.loss_tokens[name] = sum(map(num_targets, documents))
+
+    def losses(self, loss: Callable[[PackedBatch], Tensor]) -> dict[str, float]:
+        """Nats a token by source; ``loss`` gives the sum over a pack. A source without a document that fits has none."""
+        result = {}
+        for name, packs in self.packs.items():
+            if not self.loss_tokens[name]:
+                continue
+            total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+            for one in packs:
+                total += loss(one)
+            result[name] = float(sum_over_ranks(total, self.world)) / self.loss_tokens[name]
+        return result
+
+
+def _documents(records: ParquetRecords, encoder: ChatEncoder, limit: int, length: int) -> list[Document]:
+    documents = []
+    for i in range(min(limit, len(records))):
+        try:
+            document = encoder.sample(records[i], "think")
+        except BadRecord:
+            continue  # training reports bad records; a held-out one is left out of every measurement alike
+        if len(document) <= length:
+            documents.append(document)
+    return documents
+
+
+def _in_order(documents: list[Document], length: int) -> list[list[Document]]:
+    rows: list[list[Document]] = []
+    free = 0
+    for document in documents:
+        if len(document) > free:
+            rows.append([])
+            free = length
+        rows[-1].append(document)
+        free -= len(document)
+    return rows

@@ -1,0 +1,84 @@
+"""The command line of ``engine/train.py``: a config, and overrides of any of its values by their dotted names."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import tyro
+
+from smalt.model import PRESETS
+from smalt.parallel import World
+
+from .checkpoints import Checkpoint, check_architecture, latest_checkpoint
+from .config import RunConfig, load_config, parse_config
+from .run_folder import CHECKPOINTS, latest_run, new_run, read_config
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.toml"
+_USAGE = """\
+Train a model: torchrun [--nproc-per-node N] engine/train.py [CONFIG.toml] [OPTIONS] [--DOTTED.NAME VALUE ...]
+
+  CONFIG.toml         the run; configs/digits.toml when not given
+  --folder DIR        folder of the run; runs/NAME-DATE-TIME when not given
+  --resume            go on from the newest checkpoint of --folder DIR, or of the newest run of that name, with the config it has
+  --dry-run           build everything, say what would run, and stop before the first step
+"""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the command line asks for. folder: the run's; checkpoint: where to go on from, None for a new run."""
+
+    config: RunConfig
+    folder: Path
+    checkpoint: Checkpoint | None
+    dry_run: bool
+
+
+def parse_launch(arguments: Sequence[str]) -> Launch:
+    """Read the command line. Raises UserError for a wrong config; exits with tyro's message for a wrong option."""
+    parser = argparse.ArgumentParser(prog="engine/train.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    own, rest = parser.parse_known_args(list(arguments))
+    path = DEFAULT_CONFIG
+    if rest and not rest[0].startswith("-"):
+        path, rest = Path(rest[0]), rest[1:]
+    config = load_config(path)
+    folder = None
+    if own.resume:
+        folder = latest_run(config.name, own.folder)
+        config = read_config(folder)
+    if {"-h", "--help"} & set(rest):
+        sys.stdout.write(f"{_USAGE}\nEvery value of the config, with the one it has in {path}:\n\n")
+        sys.stdout.flush()
+    if rest:
+        overridden = _override(config, rest)
+        if overridden.preset != config.preset and overridden.preset in PRESETS:
+            # The preset that the command line names stands in for the model of the file; other options still change it.
+            overridden = _override(config.model_copy(update={"model": PRESETS[overridden.preset]}), rest)
+        config = parse_config(overridden.model_dump(), "command line")
+    if folder is None:
+        return Launch(config, new_run(config, own.folder), None, own.dry_run)
+    checkpoint = latest_checkpoint(folder / CHECKPOINTS)
+    check_architecture(checkpoint, config.model)
+    return Launch(config, folder, checkpoint, own.dry_run)
+
+
+def agree_on_folder(launch: Launch, world: World) -> Launch:
+    """The launch with the folder of the first process: each made the name of its own from the time."""
+    if world.mesh is None:
+        return launch
+    folder: list[Any] = [launch.folder]
+    dist.broadcast_object_list(folder, src=0)
+    return replace(launch, folder=folder[0])
+
+
+def _override(config: RunConfig, options: list[str]) -> RunConfig:
+    return tyro.cli(RunConfig, default=config, args=options, prog="engine/train.py")

@@ -1,0 +1,49 @@
+"""Out of memory, explained: what held it, and which settings would help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from .config import StageConfig
+from .errors import UserError
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch could not allocate, on a GPU or on the CPU."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "not enough memory" in text)
+
+
+@contextmanager
+def explain_out_of_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer, name: str, stage: StageConfig) -> Iterator[None]:
+    """Turn an allocation failure inside the ``with`` block into a UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        parameters = list(model.parameters())
+        held = {
+            "weights": sum(map(_bytes, parameters)),
+            "gradients": sum(_bytes(p.grad) for p in parameters if p.grad is not None),
+            "optimiser state": sum(_bytes(t) for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)),
+        }
+        parts = ", ".join(f"{part} {size / 2**20:,.1f} MiB" for part, size in held.items())
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"out of memory in stage {name}: {first_line}\n"
+            f"  held by {parts}; the rest are the activations of one pack\n"
+            f"  what helps: a smaller stages.{name}.sequence_length (now {stage.sequence_length}); dtype = 'bfloat16'; "
+            "more processes, which share weights, gradients and optimiser state"
+        ) from error
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.element_size()

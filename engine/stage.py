@@ -1,0 +1,165 @@
+"""One stage of training: its model, optimiser and stream of batches, and the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from smalt.model import PackedBatch, build_model
+from smalt.parallel import World, clip_gradients, reduce_gradients_at, reshard, shard_model, sum_over_ranks
+
+from .checkpoints import Checkpoint, load_tensors, training_tensors
+from .config import RunConfig
+from .data.chat import ChatEncoder
+from .data.loader import Loader, StepBatch
+from .data.packing import Packer, PackerState
+from .data.records import ParquetRecords
+from .data.stream import Presentation, grain, sample_stream
+from .data.validation import ValidationSet
+from .memory import explain_out_of_memory
+from .objectives import pack_loss
+from .optimizers import build_optimizer, learning_rate, set_learning_rate, set_trainable
+
+# With bfloat16 the weights stay float32 and autocast does the arithmetic.
+PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads: the encoder, the training sources and the held-out ones, by name."""
+
+    encoder: ChatEncoder
+    sources: Mapping[str, ParquetRecords]
+    validation: Mapping[str, ParquetRecords]
+    questions: Mapping[str, ParquetRecords]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: nats a token over all ranks; grad_norm: before clipping; skipped: why no step was taken, or None."""
+
+    loss: float
+    grad_norm: float
+    skipped: str | None = None
+
+
+class Stage:
+    """Stage ``name`` of a run, ready for its next step: from given weights, or where a checkpoint of it stopped."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        name: str,
+        world: World,
+        data: RunData,
+        weights: Mapping[str, Tensor] | None,
+        checkpoint: Checkpoint | None,
+    ):
+        self.run_config, self.config, self.name, self.world = config, config.stages[name], name, world
+        torch.manual_seed(config.seed)
+        # A fresh model for each stage: FSDP fixes what is trainable when it wraps.
+        self.model = build_model(config.model, config.seed, world.device, PARAMETER_DTYPES[config.dtype])
+        if weights is not None:
+            self.model.load_state_dict(weights)
+        set_trainable(self.model, self.config)
+        shard_model(self.model, world.mesh)
+        self.optimizer = build_optimizer(self.model, self.config, config.optimizer)
+        self.done, self.loader_state = 0, PackerState()
+        if checkpoint is not None:
+            self.done, self.loader_state = checkpoint.state["stage_step"], PackerState(**checkpoint.state["loader"])
+            self._restore(checkpoint)
+        self.rate = 0.0
+        limit, length = config.data.validation_documents, self.config.sequence_length
+        self.validation = ValidationSet(data.validation, data.encoder, limit, length, config.model, world)
+        self.loader = self._loader(data)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        tensors = self.tensors()
+        if checkpoint.state["processes"] != self.world.size:
+            # The random state of a process means nothing on another layout; order and initial weights do not use it.
+            del tensors[self._random_state]
+        load_tensors(checkpoint, tensors)
+        if self._random_state in tensors:
+            torch.set_rng_state(tensors[self._random_state])
+
+    def _loader(self, data: RunData) -> Loader:
+        config, length = self.run_config, self.config.sequence_length
+        read = stage_stream(config, self.name, data).__getitem__
+        packer = Packer(read, length, config.data.packs_per_step, config.data.window, config.data.long_documents, self.loader_state)
+        attention, tile = config.model.image_attention, config.model.vision.tile
+        return Loader(packer, self.world.rank, self.world.size, attention, tile, config.data.prefetch)
+
+    def batches(self) -> Iterator[StepBatch]:
+        """What is left of the stage, step by step."""
+        while self.done < self.config.steps:
+            yield next(self.loader)
+
+    def train_step(self, batch: StepBatch) -> StepResult:
+        """Forward and backward over this rank's packs, one reduction, clip, AdamW."""
+        self.rate = learning_rate(self.config, self.done)
+        set_learning_rate(self.optimizer, self.rate)
+        self.done, self.loader_state = self.done + 1, batch.state
+        if batch.loss_tokens == 0:
+            return StepResult(0.0, 0.0, "no loss token")
+        with explain_out_of_memory(self.model, self.optimizer, self.name, self.config):
+            loss = self._backward(batch)
+            norm = clip_gradients(list(self.model.parameters()), self.run_config.optimizer.clip, self.world)
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if finite:
+                self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(loss, norm, None if finite else "non-finite")
+
+    def _backward(self, batch: StepBatch) -> float:
+        """Gradients of the step's loss; returns the loss over all ranks."""
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for i, pack in enumerate(batch.packs):
+            reduce_gradients_at(self.model, last=i == len(batch.packs) - 1)
+            loss = self._loss(pack) / batch.loss_tokens
+            loss.backward()
+            total += loss.detach()
+        return float(sum_over_ranks(total, self.world))
+
+    def _loss(self, pack: PackedBatch) -> Tensor:
+        pack = pack.to(self.world.device, PARAMETER_DTYPES[self.run_config.dtype])
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.run_config.dtype == "bfloat16"):
+            return pack_loss(self.model, pack)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Held-out loss by source, named as metrics."""
+        losses = self.validation.losses(self._loss)
+        reshard(self.model)
+        return {f"validation_loss/{name}": value for name, value in losses.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything of a checkpoint that is a tensor."""
+        return {**training_tensors(self.model, self.optimizer), self._random_state: torch.get_rng_state()}
+
+    @property
+    def _random_state(self) -> str:
+        return f"random_state.{self.world.rank}"
+
+    def state(self) -> dict[str, object]:
+        """Everything of a checkpoint that is not. The learning rate is a function of ``stage_step``."""
+        return {
+            "stage": self.name,
+            "stage_step": self.done,
+            "loader": asdict(self.loader_state),
+            "processes": self.world.size,
+        }
+
+    def close(self) -> None:
+        """End the loader's thread."""
+        self.loader.close()
+
+
+def stage_stream(config: RunConfig, name: str, data: RunData) -> grain.MapDataset:
+    """The stage's samples. The seed is made of the run's and the stage's number, so that stages see different orders."""
+    stage = config.stages[name]
+    seed = config.seed * 1000 + list(config.stages).index(name) * 100
+    return sample_stream(data.sources, stage.mixture, data.encoder, Presentation(stage.think, stage.truncate), seed)

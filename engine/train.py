@@ -1,0 +1,43 @@
+"""Train a model: ``torchrun engine/train.py [CONFIG.toml] [--resume] [--dry-run] [--stages.sft.steps 100 ...]``.
+
+This file is the recipe. Each line of it is one file of the engine.
+"""
+
+import sys
+import time
+
+from smalt.engine.errors import BadRecord, UserError
+from smalt.engine.launch import Launch, agree_on_folder, parse_launch
+from smalt.engine.trainer import Run, dry_run
+from smalt.parallel import World, join_world, leave_world
+
+
+def train(launch: Launch, world: World) -> None:
+    run = Run(launch, world)
+    for stage in run.stages():
+        started = time.perf_counter()
+        for batch in stage.batches():
+            result = stage.train_step(batch)
+            run.after_step(stage, batch, result, seconds=time.perf_counter() - started)
+            started = time.perf_counter()
+    run.finish()
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        launch = parse_launch(arguments)
+        world = join_world(launch.config.device)
+        launch = agree_on_folder(launch, world)
+        if launch.dry_run:
+            print(dry_run(launch, world))
+        else:
+            train(launch, world)
+    except (UserError, BadRecord) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    leave_world(world)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

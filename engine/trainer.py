@@ -1,0 +1,170 @@
+"""A run: what lasts from stage to stage, and what happens between steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from smalt.model import ModelConfig, MultimodalModel, build_model, count_parameters
+from smalt.parallel import World, full_state
+
+from .checkpoints import CheckpointWriter
+from .config import RunConfig
+from .data.chat import ChatEncoder, ImageShape
+from .data.images import ImageLimits
+from .data.loader import StepBatch
+from .data.records import open_sources
+from .errors import UserError
+from .evaluation import evaluate, headline, scores_json, scores_table
+from .launch import Launch
+from .plots import plot_run
+from .progress import RunProgress
+from .run_folder import CHECKPOINTS, EVALUATION, PLOT, RunFolder, read_metrics
+from .stage import RunData, Stage, StepResult
+
+
+class Run:
+    """Data, logs, checkpoints and counters; ``stages`` hands the weights on."""
+
+    def __init__(self, launch: Launch, world: World):
+        self.config, self.world, self.checkpoint = launch.config, world, launch.checkpoint
+        _check_layout(self.config, world)
+        self.data = open_data(self.config)
+        self.step = self.checkpoint.step if self.checkpoint else 0
+        self.counters: Counter[str] = Counter(self.checkpoint.state["counters"] if self.checkpoint else {})
+        self.bad_steps = 0
+        self.model: MultimodalModel | None = None
+        self.progress = RunProgress(self.config.total_steps, self.step, world.is_main)
+        self.folder = RunFolder(launch.folder, self.config, world.is_main, self.step if self.checkpoint else None)
+        self.writer = CheckpointWriter(launch.folder / CHECKPOINTS, self.config.checkpoint.keep, world, self._checkpoint_failed)
+
+    def stages(self) -> Iterator[Stage]:
+        """The stages that are left; the first of a resumed run goes on where its checkpoint was written."""
+        names = list(self.config.stages)
+        started = self.checkpoint.state["stage"] if self.checkpoint else names[0]
+        if started not in names:
+            raise UserError(f"the checkpoint is of stage {started!r}; the config has {', '.join(names)}")
+        for name in names[names.index(started) :]:
+            weights = full_state(self.model) if self.model is not None else None
+            checkpoint = self.checkpoint if name == started else None
+            stage = Stage(self.config, name, self.world, self.data, weights, checkpoint)
+            self.model = stage.model
+            try:
+                yield stage
+            finally:
+                stage.close()
+
+    def after_step(self, stage: Stage, batch: StepBatch, result: StepResult, seconds: float) -> None:
+        """Count, log, save, validate, evaluate: whatever is due after this step."""
+        self.step += 1
+        config, last_of_stage = self.config, stage.done == stage.config.steps
+        self.counters.update(f"records skipped: {s.cause}" for s in batch.skipped)
+        self.folder.skip(self.step, batch.skipped)
+        self._check_health(result)
+        self.progress.step(stage.name, self.step, result.loss, batch.tokens / seconds)
+        values = {
+            "stage": stage.name, "loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": stage.rate,
+            "tokens_per_second": batch.tokens / seconds, "tokens": batch.tokens, "loss_tokens": batch.loss_tokens, "fill": batch.fill,
+            **{f"documents/{source}": n for source, n in sorted(batch.documents.items())}, **self.counters,
+        }  # fmt: skip
+        if last_of_stage or _due(self.step, config.logging.validate_every):
+            values |= stage.validate()
+        if _due(self.step, config.evaluation.every) and self.step < config.total_steps:
+            values |= self._evaluate(config.evaluation.questions_during, final=False)
+        self.folder.log(self.step, values, charts=last_of_stage or _due(self.step, config.logging.every))
+        self.writer.poll()
+        if _due(self.step, config.checkpoint.every) or self.step == config.total_steps:
+            state = {"model": config.model.model_dump(), "counters": dict(self.counters), **stage.state()}
+            self.writer.save(self.step, stage.tensors(), state)
+
+    def finish(self) -> None:
+        """The last save, the final evaluation, the plot."""
+        self.writer.wait()
+        self._evaluate(self.config.evaluation.questions, final=True)
+        self.progress.close()
+        if self.world.is_main:
+            plot_run(read_metrics(self.folder.path), self.folder.path)
+            self.progress.say(f"the run is in {self.folder.path}; its picture is {self.folder.path / PLOT}")
+        self.folder.close()
+
+    def _check_health(self, result: StepResult) -> None:
+        self.bad_steps = self.bad_steps + 1 if result.skipped == "non-finite" else 0
+        if result.skipped:
+            self.counters[f"steps skipped: {result.skipped}"] += 1
+            self.progress.say(f"step {self.step} skipped: {result.skipped} (loss {result.loss}, gradient norm {result.grad_norm})")
+        if self.bad_steps >= self.config.optimizer.max_bad_steps:
+            raise UserError(
+                f"the loss or its gradient was not finite in {self.bad_steps} steps in a row, up to step {self.step}; lower "
+                "learning_rate or raise warmup_steps of the stage, then --resume from the last checkpoint"
+            )
+
+    def _checkpoint_failed(self, message: str) -> None:
+        if self.config.checkpoint.on_error == "stop":
+            raise UserError(f"{message}; stopped, as checkpoint.on_error says")
+        self.counters["checkpoints failed"] += 1
+        self.progress.say(f"warning: {message}; going on, as checkpoint.on_error says")
+
+    def _evaluate(self, questions: int, final: bool) -> dict[str, float]:
+        """Accuracies by name; the final ones are also written and shown."""
+        if not self.data.questions or self.model is None:
+            return {}
+        model = whole_model(self.model, self.config.model)
+        scores = evaluate(model, self.data.encoder, self.data.questions, self.config.evaluation, questions, self.world)
+        if final:
+            self.folder.write_json(EVALUATION, scores_json(scores))
+            self.progress.say(scores_table(scores))
+        return headline(scores)
+
+
+def open_data(config: RunConfig) -> RunData:
+    """Tokenizer and sources. Raises UserError for what is missing or empty."""
+    vision, data = config.model.vision, config.data
+    limits = ImageLimits(data.max_image_bytes, data.max_image_pixels)
+    shape = ImageShape(vision.tile, vision.tokens_per_tile)
+    encoder = ChatEncoder.load(data.tokenizer, shape, config.model.language.vocabulary, limits)
+    return RunData(encoder, open_sources(data.sources), open_sources(data.validation), open_sources(config.evaluation.sources))
+
+
+def dry_run(launch: Launch, world: World) -> str:
+    """Build everything that a run builds, leave no folder, and say what would run."""
+    config = launch.config
+    _check_layout(config, world)
+    data = open_data(config)
+    stage = Stage(config, next(iter(config.stages)), world, data, None, None)
+    batch = next(stage.batches())
+    stage.close()
+    model = build_model(config.model, config.seed, "meta")
+    lines = [
+        "parameters: " + ", ".join(f"{part} {n:,}" for part, n in count_parameters(model).items()),
+        "records: " + ", ".join(f"{name} {len(source):,}" for name, source in data.sources.items()),
+        *(
+            f"stage {n}: {s.steps} steps of {config.data.packs_per_step} x {s.sequence_length} tokens"
+            for n, s in config.stages.items()
+        ),
+        f"first step: {sum(batch.documents.values())} documents, {batch.tokens} tokens, fill {batch.fill:.1%}",
+        f"would write to {launch.folder}; dry run, stopped before the first step",
+    ]
+    return "\n".join(lines)
+
+
+def whole_model(model: MultimodalModel, config: ModelConfig) -> MultimodalModel:
+    """The model itself where it is not sharded, else a copy with every shard gathered."""
+    weights: dict[str, Tensor] = full_state(model)
+    if all(weights[name].shape == p.shape and weights[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters()):
+        return model
+    with torch.device("meta"):
+        copy = MultimodalModel(config)
+    copy.load_state_dict(weights, assign=True)
+    return copy
+
+
+def _check_layout(config: RunConfig, world: World) -> None:
+    if config.data.packs_per_step % world.size:
+        raise UserError(f"data.packs_per_step = {config.data.packs_per_step} is not a multiple of the {world.size} processes")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,39 @@
+"""What all tests share. float64 is the truth; errors of tensors are measured by ``error``."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The tensors are tiny. More threads only wait for each other, on a busy machine for minutes.
+torch.set_num_threads(1)
+settings.register_profile("smalt", deadline=None, derandomize=True, max_examples=25, database=None)
+settings.load_profile("smalt")
+
+
+def _error(got, want, floor=0.0):
+    assert got.shape == want.shape, f"{tuple(got.shape)} is not {tuple(want.shape)}"
+    difference = (got.double() - want.double()).abs().max().item() if want.numel() else 0.0
+    size = max(want.double().abs().max().item() if want.numel() else 0.0, floor)
+    return difference if difference == 0 or size == 0 else difference / size
+
+
+@pytest.fixture(scope="session")
+def error():
+    """error(got, want, floor=0) = max|got - want| / max(max|want|, floor); NaN where either has a NaN."""
+    return _error
+
+
+@pytest.fixture(scope="session")
+def gradient_error():
+    """gradient_error(got, want, floor=1e-3): the largest error of any gradient, floor in units of the RMS of all wanted ones.
+
+    Some true gradients are zero; relative to themselves they would be noise.
+    """
+
+    def measure(got, want, floor=1e-3):
+        got, want = list(got), list(want)
+        floor *= (sum(w.double().square().sum().item() for w in want) / sum(w.numel() for w in want)) ** 0.5
+        errors = [_error(g, w, floor) for g, w in zip(got, want, strict=True)]
+        return max(errors, key=lambda e: (e != e, e))
+
+    return measure

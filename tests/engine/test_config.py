@@ -1,0 +1,244 @@
+"""Configs: what is wrong is named with its file and the nearest right key; every value can be overridden by its dotted name."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from smalt.engine.config import RunConfig, StageConfig, load_config, parse_config
+from smalt.engine.errors import UserError
+from smalt.engine.launch import parse_launch
+from smalt.engine.optimizers import learning_rate
+from smalt.model import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def refusal(tiny_config):
+    """refusal(changes): the error that the changed config is refused with; it always names the file."""
+
+    def refuse(changes):
+        path = tiny_config(changes)
+        with pytest.raises(UserError) as caught:
+            load_config(path)
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    return refuse
+
+
+@pytest.fixture
+def overridden(tiny_config, tmp_path):
+    """overridden(*arguments): the tiny config as the command line changes it."""
+    return lambda *arguments: parse_launch([str(tiny_config()), "--folder", str(tmp_path / "run"), *arguments]).config
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("sede", "seed"),
+        ("optimizer.weight_decai", "optimizer.weight_decay"),
+        ("model.vision.widht", "model.vision.width"),
+        ("data.window_size", "data.window"),
+        ("stages.sft.sequence_lenght", "stages.sft.sequence_length"),
+        ("evaluation.budget", "evaluation.budgets"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(refusal, key, nearest):
+    assert f"  {key}: unknown key; did you mean {nearest}?" in refusal({key: 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": "many"}, ["seed", "integer", "'many'"]),
+        ({"seed": -1}, ["seed", "-1"]),
+        ({"stages.sft.steps": 0}, ["stages.sft.steps", "greater than or equal to 1", "given: 0"]),
+        ({"stages.sft": 3}, ["stages.sft"]),
+        ({"stages": {}}, ["stages is empty"]),
+        ({"dtype": "float16"}, ["dtype", "bfloat16", "'float16'"]),
+        ({"optimizer.betas": [0.9]}, ["optimizer.betas"]),
+        ({"stages.sft.think": 1.5}, ["stages.sft.think", "1.5"]),
+        ({"model.vision.tile": 9}, ["model.vision", "tile 9 is not a multiple of patch 2"]),
+        ({"data.tokenizer": None}, ["data.tokenizer: missing"]),
+        ({"data": None}, ["data: missing"]),
+        ({"stages.align.learning_rate": None}, ["stages.align.learning_rate: missing"]),
+        ({"preset": "bluelm_4b"}, ["preset 'bluelm_4b' is unknown", "bluelm_3b"]),
+        ({"preset": ["bluelm_3b"]}, ["preset ['bluelm_3b'] is unknown"]),
+        ({"preset": "bluelm_3b", "model": 3}, ["model"]),
+        ({"stages.sft.mixture": {"reed": 1.0}}, ["stages.sft.mixture names reed", "read, sum"]),
+        ({"stages.sft.mixture": {"read": -1.0}}, ["stages.sft.mixture.read", "-1.0"]),
+        ({"evaluation.budget_tasks": ["largest"]}, ["evaluation.budget_tasks names largest"]),
+        ({"stages.sft.trainable": {"visoin": 1.0}}, ["stages.sft", "trainable names visoin", "vision, projector, language"]),
+        ({"stages.sft.trainable": {"vision": 0.0}}, ["stages.sft", "no part with a learning rate above 0"]),
+        ({"stages.sft.trainable": {"vision": -1.0}}, ["stages.sft.trainable.vision", "-1.0"]),
+    ],
+    ids=repr,
+)
+def test_a_wrong_value_is_named(refusal, changes, said):
+    message = refusal(changes)
+    assert all(part in message for part in said), message
+
+
+def test_every_finding_is_named_at_once(refusal):
+    message = refusal({"sede": 1, "data.tokenizer": None, "stages.sft.steps": "x"})
+    assert all(part in message for part in ("sede", "data.tokenizer", "stages.sft.steps"))
+
+
+def test_a_weight_that_is_not_a_number_is_refused(tiny_values):
+    with pytest.raises(UserError, match=r"here:\n  stages\.sft\.mixture\.read"):
+        parse_config(tiny_values({"stages.sft.mixture": {"read": math.nan}}), "here")
+
+
+@pytest.mark.parametrize("content", [b"seed = \n", b"[data\n", b"\xff\xfe\x00PAR1", b"seed = 1\nseed = 2"])
+def test_what_is_not_toml_is_named(tmp_path, content):
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"broken\.toml"):
+        load_config(path)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.toml: No such file"):
+        load_config(tmp_path / "gone.toml")
+    with pytest.raises(UserError, match=r"Is a directory"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.toml")), ids=lambda p: p.name)
+def test_every_shipped_config_loads(path):
+    assert load_config(path).total_steps >= 1
+
+
+def _sections():
+    found = [RunConfig, StageConfig]
+    for section in found:
+        for info in section.model_fields.values():
+            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel) and info.annotation not in found:
+                found.append(info.annotation)
+    return found
+
+
+@pytest.mark.parametrize("section", _sections(), ids=lambda s: s.__name__)
+def test_every_value_has_a_description(section):
+    assert [name for name, info in section.model_fields.items() if not info.description] == []
+
+
+def test_a_preset_gives_the_model_and_single_values_can_still_differ(tiny_values):
+    config = parse_config(tiny_values({"preset": "bluelm_3b", "model": None}), "here")
+    assert config.model == PRESETS["bluelm_3b"]
+    config = parse_config(tiny_values({"preset": "bluelm_3b", "model": {"language": {"num_layers": 4}}}), "here")
+    assert config.model.language == PRESETS["bluelm_3b"].language.model_copy(update={"num_layers": 4})
+    assert config.model.vision == PRESETS["bluelm_3b"].vision
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        (["--seed", "7"], lambda c: c.seed == 7),
+        (["--model.language.num-layers", "3"], lambda c: c.model.language.num_layers == 3 and c.model.language.width == 32),
+        (["--model.language.qk-norm"], lambda c: c.model.language.qk_norm),
+        (["--stages.sft.steps", "9"], lambda c: c.stages["sft"].steps == 9 and c.stages["align"].steps == 3),
+        (["--stages.sft.mixture.read", "0.5"], lambda c: c.stages["sft"].mixture == {"read": 0.5, "sum": 0.6}),
+        (["--data.sources.sum", "/else"], lambda c: c.data.sources["sum"] == Path("/else")),
+        (["--evaluation.budgets", "1", "2", "3"], lambda c: c.evaluation.budgets == [1, 2, 3]),
+        (["--evaluation.budget-tasks"], lambda c: c.evaluation.budget_tasks == []),
+        (["--optimizer.betas", "0.8", "0.9"], lambda c: c.optimizer.betas == (0.8, 0.9)),
+        (["--optimizer.weight_decay=0.5"], lambda c: c.optimizer.weight_decay == 0.5),
+        (["--logging.wandb-project", "smalt"], lambda c: c.logging.wandb_project == "smalt"),
+        (["--preset", "bluelm_3b"], lambda c: c.model == PRESETS["bluelm_3b"]),
+        (
+            ["--preset", "bluelm_3b", "--model.language.num-layers", "4"],
+            lambda c: c.model.language == PRESETS["bluelm_3b"].language.model_copy(update={"num_layers": 4}),
+        ),
+    ],
+    ids=lambda argument: " ".join(argument) if isinstance(argument, list) else "",
+)
+def test_the_command_line_overrides_any_value(overridden, arguments, value):
+    assert value(overridden(*arguments))
+
+
+def test_without_overrides_the_config_is_the_file_and_the_folder_is_dated(tiny_config):
+    launch = parse_launch([str(tiny_config()), "--dry-run"])
+    assert launch.config == load_config(tiny_config())
+    assert launch.folder.parts[0] == "runs"
+    assert launch.folder.name.startswith("tiny-20")
+    assert (launch.dry_run, launch.checkpoint) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--stages.sft.stepz", "7"], "--stages.sft.stepz"),
+        (["--data.sources.new", "x"], "--data.sources.new"),
+        (["--dtype", "float16"], "bfloat16"),
+        (["--stages.sft.steps", "0"], "stages.sft"),
+    ],
+)
+def test_a_wrong_option_ends_the_program_and_is_named(overridden, capsys, arguments, named):
+    with pytest.raises(SystemExit) as ended:
+        overridden(*arguments)
+    assert ended.value.code != 0
+    assert named in capsys.readouterr().err
+
+
+def test_checks_that_span_sections_hold_for_overrides_too(overridden, capsys):
+    with pytest.raises(SystemExit):
+        overridden("--evaluation.budget-tasks", "largest")
+    assert "budget_tasks names largest" in capsys.readouterr().err
+    with pytest.raises(UserError, match="command line: preset 'x' is unknown"):
+        overridden("--preset", "x")
+
+
+def _options(section, prefix=""):
+    """Dotted names of all values of a config, as the command line spells them."""
+    for name, value in section:
+        dotted = f"{prefix}{name.replace('_', '-')}"
+        if isinstance(value, BaseModel):
+            yield from _options(value, f"{dotted}.")
+        elif isinstance(value, dict):
+            yield from _options(value.items(), f"{dotted}.")
+        else:
+            yield dotted
+
+
+def test_help_lists_every_value_and_the_own_options(tiny_config):
+    path = tiny_config()
+    command = [sys.executable, "engine/train.py", str(path), "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    wanted = ["resume", "folder", "dry-run", *_options(load_config(path))]
+    assert len(wanted) > 80
+    assert [name for name in wanted if f"--{name}" not in shown] == []
+
+
+def _stage(**values):
+    return StageConfig(sequence_length=8, mixture={}, trainable={"language": 1.0}, learning_rate=2.0, **values)
+
+
+def test_learning_rate_warms_up_linearly_to_the_peak():
+    stage = _stage(steps=20, warmup_steps=4)
+    assert [learning_rate(stage, step) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "want"),
+    [
+        ("constant", {0: 2.0, 5: 2.0, 10: 2.0}),
+        ("cosine", {0: 2.0, 5: 1.1, 10: 0.2}),
+        ("wsd", {0: 2.0, 8: 2.0, 9: 1.1, 10: 0.2}),
+    ],
+)
+def test_learning_rate_after_the_warm_up(schedule, want):
+    stage = _stage(steps=11, schedule=schedule, final_share=0.1)
+    assert {step: learning_rate(stage, step) for step in want} == pytest.approx(want)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (2, 1), (3, 3), (3, 9)])
+def test_learning_rate_of_short_stages_stays_above_zero_and_below_the_peak(schedule, steps, warmup):
+    stage = _stage(steps=steps, warmup_steps=warmup, schedule=schedule)
+    assert all(0 < learning_rate(stage, step) <= 2.0 for step in range(steps))

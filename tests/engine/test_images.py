@@ -1,0 +1,231 @@
+"""Images: exact pixels in [-1, 1]; what is huge is refused unread, and nothing that a file holds raises anything but BadRecord."""
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PIL_Image
+from PIL import ImageFile
+
+from smalt.engine.data.images import ImageLimits, decode_tile
+from smalt.engine.data.records import Image
+from smalt.engine.errors import BadRecord
+
+LIMITS = ImageLimits(max_bytes=100_000, max_pixels=10_000)
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+
+def _file(picture, kind="PNG", **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+RGB = PIL_Image.fromarray(PIXELS)
+PNG = _file(RGB)
+
+
+def _decode(data, side=8, limits=LIMITS):
+    return decode_tile(Image(data, None), side, limits)
+
+
+def _shown(tile):
+    """The tile as 8-bit pixels [H, W, 3]."""
+    return np.round((tile.transpose(1, 2, 0) + 1) * 127.5).astype(int)
+
+
+def _cause(image, limits=LIMITS):
+    with pytest.raises(BadRecord) as caught:
+        decode_tile(image if isinstance(image, Image) else Image(image, None), 8, limits)
+    return caught.value.cause
+
+
+def _png(width, height, depth, colour, rows=b""):
+    """A PNG by hand: any header, whatever follows."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_pixels_are_exact_in_every_lossless_format(kind):
+    tile = _decode(_file(RGB, kind, **({"lossless": True} if kind == "WEBP" else {})))
+    assert (tile.dtype, tile.shape) == (np.float32, (3, 8, 8))
+    np.testing.assert_array_equal(tile, (PIXELS.transpose(2, 0, 1) / np.float32(127.5) - 1).astype(np.float32))
+
+
+def test_black_is_minus_one_and_white_is_one():
+    picture = PIL_Image.fromarray(np.array([[0, 255]], np.uint8))
+    np.testing.assert_array_equal(decode_tile(Image(_file(picture.resize((2, 2), 0)), None), 2, LIMITS)[0], [[-1, 1]] * 2)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "GIF"])
+def test_a_uniform_image_survives_the_lossy_formats(kind):
+    data = _file(PIL_Image.new("RGB", (16, 16), (200, 100, 50)), kind)
+    assert np.abs(_shown(_decode(data)) - (200, 100, 50)).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("picture", "want"),
+    [
+        (RGB.convert("L"), np.asarray(RGB.convert("L"))[..., None].repeat(3, -1)),
+        (RGB.convert("RGBA"), PIXELS),
+        (RGB.convert("LA"), np.asarray(RGB.convert("L"))[..., None].repeat(3, -1)),
+        (RGB.convert("P", palette=PIL_Image.Palette.ADAPTIVE), PIXELS),
+        (RGB.convert("1"), np.asarray(RGB.convert("1"))[..., None].repeat(3, -1) * 255),
+    ],
+    ids=["grey", "RGBA", "grey with alpha", "palette", "bilevel"],
+)
+def test_other_modes_become_rgb(picture, want):
+    np.testing.assert_array_equal(_shown(_decode(_file(picture))), want)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_are_scaled_not_clipped(kind):
+    deep = np.array([[0, 300, 32768, 65535]] * 4, np.uint16)
+    tile = _decode(_file(PIL_Image.fromarray(deep), kind), side=4)
+    np.testing.assert_array_equal(_shown(tile)[0], np.array([[0], [1], [128], [255]]).repeat(3, -1))
+
+
+def test_sixteen_bits_of_colour_are_scaled():
+    data = _png(1, 1, 16, 2, b"\0" + struct.pack(">HHH", 0, 32768, 65535))
+    assert _shown(_decode(data, side=1)).ravel().tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_unknown_range_are_refused(dtype):
+    assert _cause(_file(PIL_Image.fromarray(np.full((8, 8), 700, dtype)), "TIFF")) == "unsupported image"
+
+
+@pytest.mark.parametrize("size", [(3, 5), (64, 7), (100, 100), (1, 1)])
+def test_every_size_becomes_one_square_tile(size):
+    tile = _decode(_file(PIL_Image.new("RGB", size, (10, 20, 30))))
+    assert tile.shape == (3, 8, 8)
+    np.testing.assert_array_equal(_shown(tile), np.broadcast_to((10, 20, 30), (8, 8, 3)))
+
+
+def test_sharp_edges_do_not_leave_the_range():
+    checks = PIL_Image.fromarray((np.indices((31, 31)).sum(0) % 2 * 255).astype(np.uint8))
+    tile = _decode(_file(checks), side=11)
+    assert tile.min() >= -1
+    assert tile.max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_a_truncated_file_is_corrupt(kind):
+    data = _file(RGB.resize((32, 32)), kind)
+    assert _cause(data[: len(data) // 2]) in ("corrupt image", "not an image")
+    if kind == "PNG":
+        assert _cause(data[: len(data) // 2]) == "corrupt image"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\0", b"hello, this is text", b"%PDF-1.4", PNG[1:], b"<svg xmlns='http://www.w3.org/2000/svg'/>"]
+)
+def test_bytes_that_are_no_image_are_named_so(data):
+    assert _cause(data) == "not an image"
+
+
+def test_formats_that_run_other_programs_are_not_even_tried():
+    """Pillow would hand PostScript to Ghostscript."""
+    assert _cause(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n") == "not an image"
+
+
+def test_a_wrong_extension_does_not_matter(tmp_path):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(PNG)
+    np.testing.assert_array_equal(_shown(decode_tile(Image(None, str(path)), 8, LIMITS)), PIXELS)
+
+
+def test_a_text_named_png_is_no_image(tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_text("404 not found")
+    assert _cause(Image(None, str(path))) == "not an image"
+
+
+@pytest.mark.parametrize("name", ["gone.png", ".", "a\0b.png", "x" * 5000, "pipe"])
+def test_a_path_that_is_no_file_is_missing(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    assert _cause(Image(None, str(tmp_path / name))) == "missing image"
+
+
+@pytest.fixture
+def undecoded(monkeypatch):
+    """From here on, decoding any pixel fails the test."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("pixels were decoded"))
+
+
+@pytest.mark.usefixtures("undecoded")
+@pytest.mark.parametrize("side", [101, 9_000, 60_000, 2**31 - 1])
+def test_a_decompression_bomb_is_refused_from_its_header(side):
+    bomb = _png(side, side, 8, 2)
+    assert len(bomb) < 100
+    assert _cause(bomb) == "huge image"
+
+
+@pytest.mark.usefixtures("undecoded")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_too_many_pixels_are_refused_in_every_format(kind):
+    assert _cause(_file(PIL_Image.new("L", (201, 50)), kind)) == "huge image"
+
+
+def test_a_size_at_the_limit_is_accepted():
+    assert _decode(_file(PIL_Image.new("L", (200, 50)))).shape == (3, 8, 8)
+    assert _decode(PNG, limits=ImageLimits(max_bytes=len(PNG))).shape == (3, 8, 8)
+
+
+def test_too_many_bytes_are_refused(tmp_path):
+    limits = ImageLimits(max_bytes=len(PNG) - 1)
+    path = tmp_path / "large.png"
+    path.write_bytes(PNG)
+    assert _cause(PNG, limits) == "huge image"
+    assert _cause(Image(None, str(path)), limits) == "huge image"
+
+
+def test_a_huge_file_is_refused_unread(tmp_path):
+    path = tmp_path / "sparse.png"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    assert _cause(Image(None, str(path)), ImageLimits()) == "huge image"
+
+
+SEEDS = [PNG, _file(RGB.convert("P")), *(_file(RGB, kind) for kind in ("JPEG", "WEBP", "BMP", "GIF", "TIFF"))]
+SEEDS += [_file(RGB, "TIFF", compression=c) for c in ("tiff_lzw", "tiff_adobe_deflate", "jpeg")]
+
+
+def _decodes_or_is_bad(data):
+    try:
+        tile = _decode(data)
+    except BadRecord:
+        return
+    assert tile.shape == (3, 8, 8)
+    assert np.abs(tile).max() <= 1
+
+
+@settings(max_examples=100)
+@given(st.binary(max_size=200))
+def test_random_bytes_raise_nothing_but_bad_record(data):
+    _decodes_or_is_bad(data)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("seed", range(len(SEEDS)))
+@settings(max_examples=60)
+@given(
+    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=4), st.integers(0, 4)), min_size=1, max_size=6),
+    end=st.floats(0.1, 1),
+)
+def test_damaged_files_raise_nothing_but_bad_record(seed, edits, end):
+    data = bytearray(SEEDS[seed])
+    for place, new, removed in edits:
+        at = int(place * len(data))
+        data[at : at + removed] = new
+    _decodes_or_is_bad(bytes(data[: int(end * len(data))] if end < 0.8 else data))

@@ -1,0 +1,51 @@
+"""Two processes compute what one computes."""
+
+import json
+
+import pytest
+
+from smalt.engine.checkpoints import latest_checkpoint
+
+FIELDS = ("loss", "grad_norm", "validation_loss/read", "loss_tokens", "documents/read", "documents/sum")
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_losses_of_one_process(tiny_config, tmp_path, train):
+    # Frozen parts in the first stage, all parts in the second; documents without an image, so that a rank can have no tile.
+    config = tiny_config({"dtype": "float64", "logging.validate_every": 1, "data.packs_per_step": 4})
+    train([config, "--folder", tmp_path / "one"])
+    train([config, "--folder", tmp_path / "two"], nproc=2)
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert len(one) == len(two) == 7
+    for ours, theirs in zip(two, one, strict=True):
+        for field in FIELDS:
+            if field in theirs:
+                assert ours[field] == pytest.approx(theirs[field], rel=1e-10), (theirs["step"], field)
+    scores = [json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("one", "two")]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.slow
+def test_resume_on_the_other_number_of_processes(tiny_config, tmp_path, train):
+    config = tiny_config({"dtype": "float64", "checkpoint.every": 5, "checkpoint.keep": 3})
+    train([config, "--folder", tmp_path / "one"])
+    train([config, "--folder", tmp_path / "two"], nproc=2)
+    whole = lines(tmp_path / "one")
+    for folder, nproc in (("one", 2), ("two", 1)):
+        # As if killed after step 5: its checkpoint is then the newest.
+        (tmp_path / folder / "checkpoints" / "step-00000007").rename(tmp_path / folder / "gone")
+        assert latest_checkpoint(tmp_path / folder / "checkpoints").step == 5
+        train([config, "--folder", tmp_path / folder, "--resume"], nproc=nproc)
+        for ours, theirs in zip(lines(tmp_path / folder), whole, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-10), theirs["step"]
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-10), theirs["step"]
+
+
+def test_packs_that_do_not_divide(tiny_config, tmp_path, train):
+    done = train([tiny_config({"data.packs_per_step": 3}), "--folder", tmp_path / "run"], nproc=2, check=False)
+    assert done.returncode != 0
+    assert "data.packs_per_step = 3 is not a multiple of the 2 processes" in done.stderr

@@ -97,7 +97,7 @@ def doctor() -> None:
 def cpu(
     config: Path = Path("configs/digits.toml"),
     documents: int = 2000,
-    batch: int = 32,
+    batch: int | None = None,
     rounds: int = 5,
     threads: int = 2,
 ) -> None:
@@ -106,7 +106,7 @@ def cpu(
     Args:
         config: Config whose model, last stage and data are used.
         documents: Documents that both train on.
-        batch: Documents of a batch of transformers.
+        batch: Documents of a batch of transformers; as many as a pack holds on average when not given.
         rounds: Times that all contestants take their turn.
         threads: Threads of torch.
     """
@@ -120,7 +120,9 @@ def cpu(
     loaded = load_config(config)
     name, stage = list(loaded.stages.items())[-1]
     chosen = stream_documents(stage_stream(loaded, name, open_data(loaded)), documents)
-    print_report(bench_cpu(chosen, loaded.model, pack_length=stage.sequence_length, batch=batch, rounds=rounds, threads=threads))
+    length = stage.sequence_length
+    batch = batch or max(1, length * len(chosen) // sum(map(len, chosen)))
+    print_report(bench_cpu(chosen, loaded.model, pack_length=length, batch=batch, rounds=rounds, threads=threads))
 
 
 def main() -> int:

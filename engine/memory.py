@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch.distributed.tensor import DTensor
 
-from .config import StageConfig
 from .errors import UserError
 
 
@@ -21,26 +20,26 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explain_out_of_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer, name: str, stage: StageConfig) -> Iterator[None]:
-    """Turn an allocation failure inside the ``with`` block into a UserError."""
+def explain_out_of_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, doing: str, advice: str) -> Iterator[None]:
+    """Turn an allocation failure inside the ``with`` block into a UserError. ``advice``: the settings that would help."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         parameters = list(model.parameters())
+        states = optimizer.state.values() if optimizer is not None else ()
         held = {
             "weights": sum(map(_bytes, parameters)),
             "gradients": sum(_bytes(p.grad) for p in parameters if p.grad is not None),
-            "optimiser state": sum(_bytes(t) for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)),
+            "optimiser state": sum(_bytes(t) for s in states for t in s.values() if isinstance(t, torch.Tensor)),
         }
         parts = ", ".join(f"{part} {size / 2**20:,.1f} MiB" for part, size in held.items())
         first_line = str(error).strip().splitlines()[0]
         raise UserError(
-            f"out of memory in stage {name}: {first_line}\n"
-            f"  held by {parts}; the rest are the activations of one pack\n"
-            f"  what helps: a smaller stages.{name}.sequence_length (now {stage.sequence_length}); dtype = 'bfloat16'; "
-            "more processes, which share weights, gradients and optimiser state"
+            f"out of memory in {doing}: {first_line}\n"
+            f"  held by {parts}; the rest are activations\n"
+            f"  what helps: {advice}; more processes, which share weights, gradients and optimiser state"
         ) from error
 
 

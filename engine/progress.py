@@ -37,6 +37,11 @@ class RunProgress:
             left = (self.last_line - self.started) / max(1, step - self.first) * (self.total - step)
             self.console.print(f"{stage}  step {step}/{self.total}  {figures}  {left:.0f} s left", soft_wrap=True)
 
+    def evaluation(self, done: int, total: int) -> None:
+        """Say that an evaluation is under way: conditions measured so far, and all."""
+        if self.bar is not None:
+            self.bar.update(self.task, description=f"evaluating {done}/{total}")
+
     def say(self, text: object) -> None:
         """Print a message (a path in it stays on one line) or anything that rich can draw."""
         self.console.print(text, soft_wrap=isinstance(text, str), markup=False)

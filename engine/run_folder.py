@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ class RunFolder:
         """One line of metrics; numbers go to TensorBoard and Weights & Biases too where ``charts`` is true."""
         if not self.is_main:
             return
-        self.metrics.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON knows no NaN: a figure that is not finite is null.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.metrics.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self.metrics.flush()
         if charts:
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}

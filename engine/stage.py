@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -105,7 +106,7 @@ class Stage:
         self.done, self.loader_state = self.done + 1, batch.state
         if batch.loss_tokens == 0:
             return StepResult(0.0, 0.0, "no loss token")
-        with explain_out_of_memory(self.model, self.optimizer, self.name, self.config):
+        with self._explain_out_of_memory():
             loss = self._backward(batch)
             norm = clip_gradients(list(self.model.parameters()), self.run_config.optimizer.clip, self.world)
             finite = math.isfinite(loss) and math.isfinite(norm)
@@ -129,10 +130,16 @@ class Stage:
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.run_config.dtype == "bfloat16"):
             return pack_loss(self.model, pack)
 
+    def _explain_out_of_memory(self) -> AbstractContextManager[None]:
+        length = f"stages.{self.name}.sequence_length (now {self.config.sequence_length})"
+        advice = f"a smaller {length}; dtype = 'bfloat16'"
+        return explain_out_of_memory(self.model, self.optimizer, f"stage {self.name}", advice)
+
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Held-out loss by source, named as metrics."""
-        losses = self.validation.losses(self._loss)
+        with self._explain_out_of_memory():
+            losses = self.validation.losses(self._loss)
         reshard(self.model)
         return {f"validation_loss/{name}": value for name, value in losses.items()}
 

@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> int:
         world = join_world(launch.config.device)
         launch = agree_on_folder(launch, world)
         if launch.dry_run:
-            print(dry_run(launch, world))
+            plan = dry_run(launch, world)
+            print(plan if world.is_main else "", end="")
         else:
             train(launch, world)
     except (UserError, BadRecord) as error:

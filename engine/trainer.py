@@ -20,6 +20,7 @@ from .data.records import open_sources
 from .errors import UserError
 from .evaluation import evaluate, headline, scores_json, scores_table
 from .launch import Launch
+from .memory import explain_out_of_memory
 from .plots import plot_run
 from .progress import RunProgress
 from .run_folder import CHECKPOINTS, EVALUATION, PLOT, RunFolder, read_metrics
@@ -63,7 +64,7 @@ class Run:
         config, last_of_stage = self.config, stage.done == stage.config.steps
         self.counters.update(f"records skipped: {s.cause}" for s in batch.skipped)
         self.folder.skip(self.step, batch.skipped)
-        self._check_health(result)
+        self._count_skipped(result)
         self.progress.step(stage.name, self.step, result.loss, batch.tokens / seconds)
         values = {
             "stage": stage.name, "loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": stage.rate,
@@ -79,6 +80,7 @@ class Run:
         if _due(self.step, config.checkpoint.every) or self.step == config.total_steps:
             state = {"model": config.model.model_dump(), "counters": dict(self.counters), **stage.state()}
             self.writer.save(self.step, stage.tensors(), state)
+        self._stop_if_diverged()
 
     def finish(self) -> None:
         """The last save, the final evaluation, the plot."""
@@ -90,12 +92,15 @@ class Run:
             self.progress.say(f"the run is in {self.folder.path}; its picture is {self.folder.path / PLOT}")
         self.folder.close()
 
-    def _check_health(self, result: StepResult) -> None:
+    def _count_skipped(self, result: StepResult) -> None:
         self.bad_steps = self.bad_steps + 1 if result.skipped == "non-finite" else 0
         if result.skipped:
             self.counters[f"steps skipped: {result.skipped}"] += 1
             self.progress.say(f"step {self.step} skipped: {result.skipped} (loss {result.loss}, gradient norm {result.grad_norm})")
+
+    def _stop_if_diverged(self) -> None:
         if self.bad_steps >= self.config.optimizer.max_bad_steps:
+            self.writer.wait()
             raise UserError(
                 f"the loss or its gradient was not finite in {self.bad_steps} steps in a row, up to step {self.step}; lower "
                 "learning_rate or raise warmup_steps of the stage, then --resume from the last checkpoint"
@@ -111,8 +116,10 @@ class Run:
         """Accuracies by name; the final ones are also written and shown."""
         if not self.data.questions or self.model is None:
             return {}
-        model = whole_model(self.model, self.config.model)
-        scores = evaluate(model, self.data.encoder, self.data.questions, self.config.evaluation, questions, self.world)
+        model, config = whole_model(self.model, self.config.model), self.config.evaluation
+        advice = f"a smaller evaluation.batch (now {config.batch}) or evaluation.max_tokens (now {config.max_tokens})"
+        with explain_out_of_memory(model, None, "evaluation", advice):
+            scores = evaluate(model, self.data.encoder, self.data.questions, config, questions, self.world, self.progress.evaluation)
         if final:
             self.folder.write_json(EVALUATION, scores_json(scores))
             self.progress.say(scores_table(scores))
@@ -147,7 +154,7 @@ def dry_run(launch: Launch, world: World) -> str:
         f"first step: {sum(batch.documents.values())} documents, {batch.tokens} tokens, fill {batch.fill:.1%}",
         f"would write to {launch.folder}; dry run, stopped before the first step",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def whole_model(model: MultimodalModel, config: ModelConfig) -> MultimodalModel:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .dispatch import current_backend
 
-# A document of more rows is cut into blocks, so that its first rows are not multiplied with its last keys; into few, since a key is
-# gathered once for every block that sees it.
+# A document of more rows is cut into blocks, so that its first rows are not multiplied with its last keys; into few, since a
+# key is gathered once for every block that sees it.
 BLOCK_ROWS, MAX_BLOCKS = 32, 4
 
 
@@ -66,19 +66,22 @@ class AttentionPlan:
 
     shapes: (n, R, W) of each group; rows: int64 [sum n * R] and keys: int64 [sum n * W], indices into q and into k and v, a
     block's last one repeated where it has fewer; visible: bool [n, 1, R, W] of each group, None where all is; place: int64 [T],
-    where in ``rows`` each row of q stands, or, for an empty one, the length of ``rows``.
+    where in ``rows`` each row of q stands, or, for an empty one, the length of ``rows``. Of the three indices, one that counts
+    0, 1, 2 and so on is None: the tiles of a vision tower lie as they are needed.
     """
 
     shapes: list[tuple[int, int, int]]
-    rows: Tensor
-    keys: Tensor
+    rows: Tensor | None
+    keys: Tensor | None
     visible: list[Tensor | None]
-    place: Tensor
+    place: Tensor | None
 
 
 def attention_plan(kv_start: Tensor, kv_end: Tensor) -> AttentionPlan:
     """Cut the rows into blocks that lie in one document each, and group the blocks whose keys fall between two powers of two."""
     start, end = kv_start.numpy(force=True), kv_end.numpy(force=True)
+    if (start >= end).all():  # one block whose output no row takes: gradients are then zero, not missing
+        return AttentionPlan([(1, 1, 1)], None, None, [None], torch.ones_like(kv_start, dtype=torch.int64))
     blocks = _cut_blocks(start, end)
     size = np.ceil(np.log2(blocks[:, 3] - blocks[:, 2]))
     shapes, all_rows, all_keys, visible, place, taken = [], [], [], [], np.full(len(start), -1), 0
@@ -94,9 +97,11 @@ def attention_plan(kv_start: Tensor, kv_end: Tensor) -> AttentionPlan:
         all_keys.append(np.minimum(keys, key_end - 1).flatten())
         visible.append(None if seen.all() else torch.from_numpy(seen[:, None]).to(kv_start.device))
     place[start >= end] = taken
-    indices = (torch.from_numpy(x).to(kv_start.device) for x in (np.concatenate(all_rows), np.concatenate(all_keys), place))
-    rows, keys, place = indices
-    return AttentionPlan(shapes, rows, keys, visible, place)
+
+    def index(x: np.ndarray) -> Tensor | None:
+        return None if (x == np.arange(len(x))).all() else torch.from_numpy(x).to(kv_start.device)
+
+    return AttentionPlan(shapes, index(np.concatenate(all_rows)), index(np.concatenate(all_keys)), visible, index(place))
 
 
 def _cut_blocks(start: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -110,27 +115,30 @@ def _cut_blocks(start: np.ndarray, end: np.ndarray) -> np.ndarray:
         num = 1 if alike else min(MAX_BLOCKS, -(-(high - low) // BLOCK_ROWS))
         cuts = [low + (high - low) * i // num for i in range(num + 1)]
         blocks += [(a, b, start[a], end[b - 1]) for a, b in pairwise(cuts)]
-    # Where all rows are empty, one block whose output no row takes: gradients are then zero, not missing.
-    return np.array(blocks or [(0, 1, 0, 1)], np.int64)
+    return np.array(blocks, np.int64)
 
 
 def _attention_blocks(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     """Each block of rows against the keys that any of its rows sees, the blocks of a group as one batch."""
     # On a CPU torch's attention is several times slower in bf16 than in fp32, and autocast would bring it back to bf16.
     wide = torch.promote_types(q_THD.dtype, torch.float32) if q_THD.device.type == "cpu" else q_THD.dtype
-    nothing = q_THD.new_zeros(1, *q_THD.shape[1:], dtype=wide)
+    num_rows, num_keys = [n * rows for n, rows, _ in plan.shapes], [n * keys for n, _, keys in plan.shapes]
     outputs = []
     with torch.autocast(q_THD.device.type, enabled=False):
-        q_rows = q_THD.to(wide).index_select(0, plan.rows).split([n * rows for n, rows, _ in plan.shapes])
-        k_rows, v_rows = (
-            x.to(wide).index_select(0, plan.keys).split([n * keys for n, _, keys in plan.shapes]) for x in (k_SKD, v_SKD)
-        )
+        q_rows = _take(q_THD.to(wide), plan.rows, sum(num_rows)).split(num_rows)
+        k_rows, v_rows = (_take(x.to(wide), plan.keys, sum(num_keys)).split(num_keys) for x in (k_SKD, v_SKD))
         for (n, *_), q, k, v, visible in zip(plan.shapes, q_rows, k_rows, v_rows, plan.visible, strict=True):
             q, k, v = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in (q, k, v))
             gqa = q.shape[1] != k.shape[1]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=gqa)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat([*outputs, nothing]).index_select(0, plan.place).to(q_THD.dtype)
+    nothing = q_THD.new_zeros(1, *q_THD.shape[1:], dtype=wide)
+    return _take(torch.cat([*outputs, nothing]), plan.place, len(q_THD)).to(q_THD.dtype)
+
+
+def _take(x: Tensor, index: Tensor | None, length: int) -> Tensor:
+    """The rows of an index, or the first ones."""
+    return x[:length] if index is None else x.index_select(0, index)
 
 
 def decode_attention(q_BHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, lengths: Tensor, scale: float | None = None) -> Tensor:

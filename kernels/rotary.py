@@ -24,25 +24,36 @@ def rotary(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Differentiable in x.
     """
-    x = x_THD.to(cos.dtype)
-    return (_rotate(x, cos, sin) if current_backend() == "reference" else _Rotary.apply(x, cos, sin)).to(x_THD.dtype)
+    rotate = rotary_reference if current_backend() == "reference" else _Rotary.apply
+    return rotate(x_THD.to(cos.dtype), cos, sin).to(x_THD.dtype)
 
 
-def _rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    cos, sin = torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
-    return torch.addcmul(x_THD * cos, x_THD.roll(x_THD.shape[-1] // 2, -1), sin)
+def rotary_reference(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The definition. Shapes as in :func:`rotary`, one dtype."""
+    first, second = x_THD.chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 class _Rotary(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back: one pass, where autograd would make one of each product."""
+    """Three passes over the tensor. The gradient of a rotation is the rotation back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        return _rotate(x, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, -sin), None, None
+        return _rotate(grad, cos, sin, -1), None, None
+
+
+def _rotate(x_THD: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    first, second = x_THD.chunk(2, -1)
+    y = (x_THD.unflatten(-1, (2, -1)) * cos[:, None, None]).flatten(-2)
+    y_first, y_second = y.chunk(2, -1)
+    y_first.addcmul_(second, sin[:, None], value=-direction)
+    y_second.addcmul_(first, sin[:, None], value=direction)
+    return y

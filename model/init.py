@@ -43,7 +43,9 @@ def seeded_normal(shape: torch.Size, name: str, seed: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(key).standard_normal(tuple(shape), np.float32))
 
 
-def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> MultimodalModel:
+def build_model(
+    config: ModelConfig, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> MultimodalModel:
     """A model with its initial weights."""
     with torch.device("meta"):
         model = MultimodalModel(config)

@@ -25,7 +25,8 @@ class RMSNorm(nn.Module):
 class Rows:
     """What the attention of every layer needs to know of the rows it is given.
 
-    kv_start, kv_end: int32 [T], intervals over the keys of the pack; plan: made of them, None for a decode step; cos, sin: [T, D/2].
+    kv_start, kv_end: int32 [T], intervals over the keys of the pack; plan: made of them, None for a decode step;
+    cos, sin: [T, D/2].
     """
 
     kv_start: Tensor

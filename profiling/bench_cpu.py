@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -153,7 +154,7 @@ class Trainer:
         smalt = build_model(config, SEED)
         packs = contestant.library == "smalt"
         self.model = smalt if packs else build_internvl(smalt, image_token)
-        self.loss = _smalt_loss if packs else _transformers_loss
+        self.loss: Callable[[Any, Any], Tensor] = _smalt_loss if packs else _transformers_loss
         self.bf16 = contestant.bf16
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
@@ -311,22 +312,21 @@ def print_report(result: dict) -> None:
     """The tables of :func:`bench_cpu`'s result, for people."""
     console, setting, parameters = Console(), result["setting"], result["parameters"]
     console.print(
-        f"torch {result['torch']}, transformers {result['transformers']}, {setting['threads']} threads; packs of "
-        f"{setting['pack_length']}, batches of {setting['batch']}; {setting['rounds']} rounds\n"
-        f"parameters: transformers {parameters['transformers']:,}, smalt {parameters['smalt']:,}; with the same weights their losses "
-        f"on the same documents differ by {result['loss_difference']:.1e} of the loss"
+        f"torch {result['torch']}, transformers {result['transformers']}, {setting['threads']} threads, packs of "
+        f"{setting['pack_length']}, batches of {setting['batch']}, {setting['rounds']} rounds\n"
+        f"parameters: transformers {parameters['transformers']:,}, smalt {parameters['smalt']:,}; on the same weights and "
+        f"documents their losses differ by {result['loss_difference']:.1e} of the loss\n"
     )
-    table = Table("training on a CPU", *("useful tokens/s", "fill", "rows/s", "useful tokens/step", "peak MiB"))
+    table = Table("useful tokens", "per s", "per step", "fill", "rows/s", "peak MiB", box=None)
     for c in result["contestants"]:
-        numbers = c["tokens_per_s"], c["rows_per_s"], c["tokens_per_step"], c["peak_mib"]
-        rate, rows, step, memory = (f"{x:,.0f}" for x in numbers)
-        table.add_row(c["name"], rate, f"{c['fill']:.1%}", rows, step, memory)
-    console.print(table)
-    table = Table("gain of Smalt over (median, quartiles)", "total", "= fill", "x speed per row", "peak memory")
+        rate, step, rows, memory = (f"{c[key]:,.0f}" for key in ("tokens_per_s", "tokens_per_step", "rows_per_s", "peak_mib"))
+        table.add_row(c["name"], rate, step, f"{c['fill']:.1%}", rows, memory)
+    console.print(table, "")
+    table = Table("smalt over", "total (quartiles)", "= fill", "x speed per row", "memory", box=None)
     peak = {c["name"]: c["peak_mib"] for c in result["contestants"]}
     for r in result["ratios"]:
-        cells = (f"{mid:.2f} ({low:.2f} to {high:.2f})" for low, mid, high in (r["total"], r["fill"], r["speed"]))
-        table.add_row(r["to"], *cells, f"{peak[r['of']] / peak[r['to']]:.2f}")
+        total, speed = (f"{mid:.2f} ({low:.2f}-{high:.2f})" for low, mid, high in (r["total"], r["speed"]))
+        table.add_row(r["to"], total, f"{r['fill'][1]:.2f}", speed, f"{peak[r['of']] / peak[r['to']]:.2f}")
     console.print(table)
 
 

@@ -40,7 +40,7 @@ def build_internvl(smalt: MultimodalModel, image_token: int) -> nn.Module:
         rope_parameters={"rope_type": "default", "rope_theta": t.rope_theta}, tie_word_embeddings=t.tie_embeddings,
         use_cache=False, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    config = InternVLConfig(
+    config = InternVLConfig(  # type: ignore[call-arg]
         vision_config=vision, text_config=text, image_token_id=image_token, image_seq_length=v.tokens_per_tile,
         downsample_ratio=0.5, vision_feature_select_strategy="full", projector_hidden_act="gelu_pytorch_tanh",
         tie_word_embeddings=t.tie_embeddings, attn_implementation="sdpa",

@@ -53,6 +53,7 @@ def size_of(folder):
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
+@pytest.mark.slow
 def test_full_disk_goes_on(tiny_config, tmp_path, train, small_disk, finished):
     # Room for one checkpoint and a half: the first is written, every later one fails.
     one = size_of(latest_checkpoint(finished(tiny_config(ONE_STAGE)) / "checkpoints").path)
@@ -68,6 +69,7 @@ def test_full_disk_goes_on(tiny_config, tmp_path, train, small_disk, finished):
     assert load_run(tmp_path / "run").model is not None
 
 
+@pytest.mark.slow
 def test_full_disk_stops(tiny_config, tmp_path, train, small_disk, finished):
     one = size_of(latest_checkpoint(finished(tiny_config(ONE_STAGE)) / "checkpoints").path)
     checkpoints = small_disk(one * 3 // 2048)

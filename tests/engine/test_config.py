@@ -206,6 +206,7 @@ def _options(section, prefix=""):
             yield dotted
 
 
+@pytest.mark.slow
 def test_help_lists_every_value_and_the_own_options(tiny_config):
     path = tiny_config()
     command = [sys.executable, "engine/train.py", str(path), "--help"]

@@ -45,14 +45,14 @@ def _cause(image, limits=LIMITS):
     return caught.value.cause
 
 
-def _png(width, height, depth, colour, rows=b""):
+def _chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _png(width, height, depth, colour, rows=b"", extra=b""):
     """A PNG by hand: any header, whatever follows."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + _chunk(b"IDAT", zlib.compress(rows)) + extra + _chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
@@ -125,6 +125,15 @@ def test_a_truncated_file_is_corrupt(kind):
     assert _cause(data[: len(data) // 2]) in ("corrupt image", "not an image")
     if kind == "PNG":
         assert _cause(data[: len(data) // 2]) == "corrupt image"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [_chunk(b"zTXt", b"k\0\0" + zlib.compress(b"x" * (2 << 20))), _chunk(b"iCCP", b"k\0\x05abc"), _chunk(b"pHYs", b"a")],
+    ids=["text bomb", "unknown compression", "truncated chunk"],
+)
+def test_nonsense_after_the_pixels_is_corrupt(extra):
+    assert _cause(_png(1, 1, 8, 2, b"\0abc", extra)) == "corrupt image"
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ def test_pieces_keep_every_target_once_and_every_image_whole(texts, rows, end, l
     learned, seen, images = [], [], []
     for piece in pieces:
         assert 1 <= len(piece) <= length
+        assert not piece.targets[0]
         assert (np.diff(piece.tokens) == 1).all()
         learned += piece.tokens[1:][piece.targets[1:]].tolist()
         seen += piece.tokens.tolist()

@@ -116,6 +116,7 @@ def test_killed_while_a_checkpoint_is_written(tiny_config, tmp_path, train, star
     assert_same_run(killed, whole)
 
 
+@pytest.mark.slow
 def test_resume_of_another_architecture(tiny_config, tmp_path, train):
     config, folder = tiny_config(), tmp_path / "run"
     train([config, "--folder", folder])

@@ -39,10 +39,10 @@ def _shown(item):
     return item.source, item.record, item.tokens.tolist(), item.targets.tolist(), item.tiles.tobytes()
 
 
-def _write(path, rows):
+def _write(path, rows, name="text"):
     messages = [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in rows]
     pq.write_table(pa.table({"messages": messages}), path)
-    return ParquetRecords("text", path)
+    return ParquetRecords(name, path)
 
 
 def test_a_sample_depends_on_nothing_but_seed_and_index(make_stream):
@@ -67,12 +67,14 @@ def test_sources_come_in_the_shares_of_the_mixture(make_stream):
     assert {stream[i].source for i in range(10)} == {"read", "sum"}
 
 
-def test_every_epoch_has_each_record_once_in_an_order_of_its_own(make_stream):
-    stream = make_stream({"read": 0.5, "sum": 0.5})
-    records = [[s.record for s in map(stream.__getitem__, range(1200)) if s.source == name] for name in ("read", "sum")]
-    epochs = [order[low : low + 200] for order in records for low in (0, 200, 400)]
-    assert all(sorted(epoch) == list(range(200)) for epoch in epochs)
-    assert len(set(map(tuple, [*epochs, range(200)]))) == 7
+def test_every_epoch_has_each_record_once_in_an_order_of_its_own(encoder, tmp_path):
+    rows = [(str(i), "x") for i in range(50)]
+    sources = {name: _write(tmp_path / f"{name}.parquet", rows, name) for name in ("a", "b")}
+    stream = sample_stream(sources, {"a": 0.5, "b": 0.5}, encoder, ALWAYS_THINK, seed=0)
+    records = [[s.record for s in map(stream.__getitem__, range(300)) if s.source == name] for name in sources]
+    epochs = [order[low : low + 50] for order in records for low in (0, 50, 100)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len(set(map(tuple, [*epochs, range(50)]))) == 7
 
 
 def test_a_source_of_weight_zero_is_as_if_it_were_not_there(make_stream):
@@ -118,19 +120,24 @@ def test_modes_come_in_the_shares_asked_for(make_stream, encoder, think, truncat
     assert modes == {mode: n if len(want) == 1 else pytest.approx(n, abs=45) for mode, n in want.items()}
 
 
-def test_a_record_is_not_always_shown_in_the_same_way(make_stream, encoder):
-    stream, lengths = make_stream({"sum": 1.0}, Presentation(0.7, 0.7)), {}
-    for document in map(stream.__getitem__, range(1600)):
+def test_a_record_is_not_always_shown_in_the_same_way(encoder, tmp_path):
+    records = _write(tmp_path / "text.parquet", [("1+1", "<think>one and one</think>2")] * 20)
+    stream = sample_stream({"text": records}, {"text": 1.0}, encoder, Presentation(0.7, 0.7), seed=0)
+    lengths = {}
+    for document in map(stream.__getitem__, range(160)):
         lengths.setdefault(document.record, set()).add(len(document))
+    assert len(lengths) == 20
     assert min(map(len, lengths.values())) >= 2
 
 
-def test_thoughts_are_cut_at_every_length(make_stream, encoder):
-    stream, kept = make_stream({"sum": 1.0}, Presentation(1.0, 1.0)), Counter()
-    for document in map(stream.__getitem__, range(300)):
+def test_thoughts_are_cut_at_every_length_however_few_are_cut(make_stream, encoder):
+    stream, kept = make_stream({"sum": 1.0}, Presentation(1.0, 0.3)), set()
+    for document in map(stream.__getitem__, range(800)):
         tokens = document.tokens.tolist()
-        kept[tokens.index(encoder.ids["</think>"]) - tokens.index(encoder.ids["<think>"]) - 1] += 1
-    assert set(range(12)) <= set(kept)
+        close = tokens.index(encoder.ids["</think>"])
+        if not document.targets[close]:
+            kept.add(close - tokens.index(encoder.ids["<think>"]) - 1)
+    assert set(range(12)) <= kept
 
 
 def test_a_bad_record_is_named(encoder, tmp_path):

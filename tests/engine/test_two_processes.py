@@ -45,6 +45,7 @@ def test_resume_on_the_other_number_of_processes(tiny_config, tmp_path, train):
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-10), theirs["step"]
 
 
+@pytest.mark.slow
 def test_packs_that_do_not_divide(tiny_config, tmp_path, train):
     done = train([tiny_config({"data.packs_per_step": 3}), "--folder", tmp_path / "run"], nproc=2, check=False)
     assert done.returncode != 0

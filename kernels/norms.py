@@ -27,21 +27,18 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        inverse = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        # y = n w with n = x / rms: dx = (dn - n mean(dn n)) / rms with dn = dy w, and dw = sum over rows of dy n.
+        # y = n w with n = x / rms, so with dn = dy w: dx = (dn - n mean(dn n)) / rms, and dw = sum over rows of dy n.
         x, weight, inverse = ctx.saved_tensors
-        n = x * inverse
-        grad_n = grad * n
-        with torch.autocast(x.device.type, enabled=False):
-            mean = (grad_n @ weight).div_(x.shape[-1]).unsqueeze(-1)
-        dx = (grad * weight).addcmul_(n, mean, value=-1).mul_(inverse)
-        return dx, grad_n.flatten(0, -2).sum(0), None
+        n, dn = x * inverse, grad * weight
+        dx = dn.addcmul(n, (dn * n).mean(-1, keepdim=True), value=-1).mul_(inverse)
+        return dx, (grad * n).flatten(0, -2).sum(0), None
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

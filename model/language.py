@@ -77,7 +77,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q(x_TC).unflatten(-1, (self.num_heads, self.head_dim)))
         k = self.k_norm(self.k(x_TC).unflatten(-1, (self.num_kv_heads, self.head_dim)))
         v = self.v(x_TC).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        q, k = rotary(q, rows.cos, rows.sin), rotary(k, rows.cos, rows.sin)
+        q, k = rotary(torch.cat([q, k], 1), rows.cos, rows.sin).split([self.num_heads, self.num_kv_heads], 1)
         if cache is not None and step is not None:
             cache.store(k, v, step.sequence, step.position)
             if step.decode:

@@ -52,9 +52,10 @@ def _running_sums(digits: list[int]) -> str:
 
 
 def _sum_steps(digits: list[int]) -> str:
-    """One addition of two digits at a time: 5, 7, 8 gives ``5+7=12,12+8:2+8=10,20``."""
-    steps, total = [], digits[0]
-    for d in digits[1:]:
+    """From the sum of the first two, one addition of two digits at a time: 5, 7, 8 gives ``12,12+8:2+8=10,20``."""
+    total = digits[0] + digits[1]
+    steps = [str(total)]
+    for d in digits[2:]:
         ones, after = total % 10, total + d
         steps.append(f"{total}+{d}={after}" if total < 10 else f"{total}+{d}:{ones}+{d}={ones + d},{after}")
         total = after

@@ -78,7 +78,8 @@ class _Encode(grain.transforms.RandomMap):
     def random_map(self, element: int, rng: np.random.Generator) -> Document | SkippedSample:
         think, truncate, cut = rng.random(3)
         mode: Mode = "think" if think < self.presentation.think else "answer"
-        keep = float(cut) if truncate < self.presentation.truncate else None
+        # One cut in ten leaves nothing: budget 0 is the one that callers ask for most.
+        keep = max(0.0, (float(cut) - 0.1) / 0.9) if truncate < self.presentation.truncate else None
         try:
             return self.encoder.sample(self.records[int(element)], mode, keep)
         except BadRecord as error:

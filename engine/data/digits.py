@@ -98,6 +98,8 @@ TASKS = {
 def write_digits(folder: Path, records: int = 20_000, questions: int = 500, seed: int = 0) -> dict[str, int]:
     """Write ``train/TASK.parquet``, ``held_out/TASK.parquet`` and ``tokenizer.json`` into ``folder``; returns records by file.
 
+    ``examples/0.png`` to ``9.png`` are held-out digits, to ask a trained model about.
+
     records: training records a task; questions: held-out records a task. The same arguments write the same bytes of records.
     """
     pixels, labels = _load()
@@ -119,6 +121,7 @@ def write_digits(folder: Path, records: int = 20_000, questions: int = 500, seed
             pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path, row_group_size=1000)
             written[str(path)] = len(rows)
             texts += [m["content"].replace(PLACEHOLDER, "") for row in rows[:1000] for m in row["messages"]]
+    _write_examples(folder / "examples", *pools["held_out"])
     _tokenizer(texts).save(str(folder / "tokenizer.json"))
     (folder / "digits.json").write_text(json.dumps({"seed": seed, "records": records, "questions": questions}))
     return written
@@ -159,6 +162,12 @@ def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.round(pixels * 255 / 16).astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _write_examples(folder: Path, pngs: list[bytes], labels: np.ndarray) -> None:
+    folder.mkdir(exist_ok=True)
+    for digit in range(10):
+        (folder / f"{digit}.png").write_bytes(pngs[int(np.flatnonzero(labels == digit)[0])])
 
 
 def _record(task: Task, counts: tuple[int, ...], pngs: list[bytes], labels: np.ndarray, rng: np.random.Generator) -> dict:

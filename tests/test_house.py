@@ -53,6 +53,7 @@ def test_no_file_of_engine_shadows_a_library():
     assert not ours & (installed | set(sys.stdlib_module_names))
 
 
+@pytest.mark.slow
 def test_transformers_imports_from_the_root_beside_the_kernels_of_hugging_face():
     pytest.importorskip("transformers")
     assert importlib.util.find_spec("kernels"), "the Hugging Face package `kernels` is part of the extra dev"

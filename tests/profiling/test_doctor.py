@@ -47,6 +47,7 @@ def fake(tmp_path):
     return Fake()
 
 
+@pytest.mark.slow
 def test_this_machine(capsys):
     checks = module.doctor()
     by_name = {c.name: c for c in checks}

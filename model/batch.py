@@ -57,11 +57,6 @@ class PackedBatch:
             moved["tiles"] = moved["tiles"].to(dtype)
         return PackedBatch(**moved)
 
-    @property
-    def num_tokens(self) -> int:
-        """Rows that a document fills."""
-        return int((self.kv_end > self.kv_start).sum())
-
 
 def intervals(length: int, spans: np.ndarray, image_attention: Literal["bidirectional", "causal"]) -> tuple[np.ndarray, np.ndarray]:
     """kv_start and kv_end, int32 [length], of one document: causal, and within an image span bidirectional if so asked."""

@@ -30,7 +30,8 @@ def main(arguments: list[str]) -> int:
         launch = agree_on_folder(launch, world)
         if launch.dry_run:
             plan = dry_run(launch, world)
-            print(plan if world.is_main else "", end="")
+            if world.is_main:
+                print(plan)
         else:
             train(launch, world)
     except (UserError, BadRecord) as error:

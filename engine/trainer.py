@@ -116,9 +116,10 @@ class Run:
         """Accuracies by name; the final ones are also written and shown."""
         if not self.data.questions or self.model is None:
             return {}
-        model, config = whole_model(self.model, self.config.model), self.config.evaluation
+        config = self.config.evaluation
         advice = f"a smaller evaluation.batch (now {config.batch}) or evaluation.max_tokens (now {config.max_tokens})"
-        with explain_out_of_memory(model, None, "evaluation", advice):
+        with explain_out_of_memory(self.model, None, "evaluation", advice):
+            model = whole_model(self.model, self.config.model)
             scores = evaluate(model, self.data.encoder, self.data.questions, config, questions, self.world, self.progress.evaluation)
         if final:
             self.folder.write_json(EVALUATION, scores_json(scores))
@@ -154,7 +155,7 @@ def dry_run(launch: Launch, world: World) -> str:
         f"first step: {sum(batch.documents.values())} documents, {batch.tokens} tokens, fill {batch.fill:.1%}",
         f"would write to {launch.folder}; dry run, stopped before the first step",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def whole_model(model: MultimodalModel, config: ModelConfig) -> MultimodalModel:

@@ -19,6 +19,10 @@ from .records import ParquetRecords
 logging.getLogger("absl").setLevel(logging.ERROR)
 import grain  # noqa: E402
 
+# Share of the cuts that leave nothing of a thought; the others leave a uniform share of it. A cut anywhere in a long thought
+# hardly ever falls before its first token, and budget 0 then stayed behind answer mode.
+CUT_TO_NOTHING = 0.1
+
 
 @dataclass(frozen=True)
 class SkippedSample:
@@ -78,8 +82,7 @@ class _Encode(grain.transforms.RandomMap):
     def random_map(self, element: int, rng: np.random.Generator) -> Document | SkippedSample:
         think, truncate, cut = rng.random(3)
         mode: Mode = "think" if think < self.presentation.think else "answer"
-        # One cut in ten leaves nothing: budget 0 is the one that callers ask for most.
-        keep = max(0.0, (float(cut) - 0.1) / 0.9) if truncate < self.presentation.truncate else None
+        keep = max(0.0, (float(cut) - CUT_TO_NOTHING) / (1 - CUT_TO_NOTHING)) if truncate < self.presentation.truncate else None
         try:
             return self.encoder.sample(self.records[int(element)], mode, keep)
         except BadRecord as error:

@@ -154,3 +154,12 @@ def test_every_digit_and_sign_is_a_token_of_its_own(digits):
 def test_any_text_survives_the_tokenizer(digits, text):
     tokenizer = Tokenizer.from_file(str(digits / "tokenizer.json"))
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
+
+
+def test_the_examples_are_held_out_digits_under_their_own_names(plain):
+    pixels, labels = digits_module._load()
+    for digit in range(10):
+        data = (plain / "examples" / f"{digit}.png").read_bytes()
+        found = np.round(np.asarray(PIL_Image.open(io.BytesIO(data)), float) * 16 / 255)
+        assert digit in labels[(pixels == found).all((1, 2))]
+        assert data not in {image["bytes"] for task in TASKS for row in _rows(plain, "train", task) for image in row["images"]}

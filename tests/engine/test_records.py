@@ -1,5 +1,6 @@
 """Parquet records: random access is the table itself; what is wrong is named, and one bad row costs one record."""
 
+import textwrap
 from pathlib import Path
 
 import pyarrow as pa
@@ -181,3 +182,15 @@ def test_a_row_group_that_is_damaged_on_disk_costs_its_own_records(write):
     records = ParquetRecords("s", path)
     assert {_cause(records, i) for i in range(20)} == {"unreadable record"}
     assert [records[i].messages[0][1] for i in range(20, 40)] == [str(i) for i in range(20, 40)]
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    start = readme.index("    import pyarrow, pyarrow.parquet")
+    code = textwrap.dedent(readme[start : readme.index("\n`<image>` stands for one image each")])
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    exec(code)
+    record = ParquetRecords("mine", Path("data/mine/train.parquet"))[0]
+    assert record.messages[1] == ("assistant", "<think>Four legs, a mane.</think>A horse.")
+    assert [image.path for image in record.images] == ["data/mine/photos/horse.jpg"]

@@ -140,6 +140,20 @@ def test_thoughts_are_cut_at_every_length_however_few_are_cut(make_stream, encod
     assert set(range(12)) <= kept
 
 
+def test_one_cut_in_ten_leaves_nothing_and_the_others_a_uniform_share(encoder, tmp_path):
+    records = _write(tmp_path / "long.parquet", [("1+1", "<think>" + "1" * 200 + "</think>2")])
+    stream = sample_stream({"long": records}, {"long": 1.0}, encoder, Presentation(1.0, 1.0), seed=0)
+    kept = []
+    for document in map(stream.__getitem__, range(2000)):
+        tokens = document.tokens.tolist()
+        kept.append(tokens.index(encoder.ids["</think>"]) - tokens.index(encoder.ids["<think>"]) - 1)
+    # 0.1 + 0.9 / 200, within five standard deviations; of the others the middle and the quarters of 200.
+    assert abs(kept.count(0) / 2000 - 0.1045) < 0.035
+    others = sorted(k for k in kept if k)
+    for quarter in (0.25, 0.5, 0.75):
+        assert abs(others[int(quarter * len(others))] - quarter * 200) < 12
+
+
 def test_a_bad_record_is_named(encoder, tmp_path):
     records = _write(tmp_path / "text.parquet", [("1+1", "2"), ("<image>", "x"), ("2+2", "4")])
     stream = sample_stream({"text": records}, {"text": 1.0}, encoder, ALWAYS_THINK, seed=0)

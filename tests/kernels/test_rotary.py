@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smalt.kernels import rotary, rotary_table
+from smalt.kernels import backend, rotary, rotary_table
 
 D, THETA = 8, 10_000.0
 
@@ -71,3 +71,18 @@ def test_bf16_is_rotated_in_the_tables_precision():
     got = rotary(x, cos, sin)
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, rotary(x.float(), cos, sin).bfloat16())
+
+
+def test_gradient(error):
+    # The default implementation brings its own backward pass; autograd of the definition is what it must give.
+    generator = torch.Generator().manual_seed(1)
+    x, upstream = (torch.randn(6, 3, D, generator=generator, dtype=torch.float64) for _ in range(2))
+    cos, sin = rotary_table(torch.arange(6) * 5, D, THETA, torch.float64)
+    gradients = []
+    for name in ("torch", "reference"):
+        leaf = x.clone().requires_grad_()
+        with backend(name):
+            gradients += torch.autograd.grad(rotary(leaf, cos, sin), leaf, upstream)
+    assert error(*gradients) <= 1e-15
+    assert error(gradients[0], upstream) > 0.1  # it turns
+    assert torch.autograd.gradcheck(lambda y: rotary(y, cos, sin), x.clone().requires_grad_())

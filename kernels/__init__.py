@@ -3,8 +3,9 @@
 from .activations import gelu, swiglu
 from .attention import AttentionPlan, attention, attention_plan, decode_attention
 from .dispatch import BACKENDS, backend, current_backend
+from .layer_norm import layer_norm
 from .linear_cross_entropy import IGNORE, linear_cross_entropy
-from .norms import layer_norm, rms_norm
+from .rms_norm import rms_norm
 from .rotary import rotary, rotary_table
 
 __all__ = [

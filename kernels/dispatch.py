@@ -1,34 +1,82 @@
 """Which implementation an operation runs on.
 
-``reference`` is the definition: plain torch, dense, readable, any float dtype. ``torch`` is the same formula arranged so that
-it does not compute what no row sees; it is the default.
+``triton``     Smalt's kernels: the default on a GPU; on a CPU only in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
+``torch``      the same formulas in plain torch, arranged so that they do not compute what no row sees: the default elsewhere,
+               and for dtypes that the kernels do not take (float64).
+``reference``  the definition: dense, readable, any float dtype.
+``liger``      Liger's kernels where it has the operation, Smalt's where it has not. To compare with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
-BACKENDS = ("reference", "torch")
-_current: ContextVar[str] = ContextVar("smalt_kernels_backend", default="torch")
+import torch
+from torch import Tensor
+
+from .launch import INTERPRET, triton
+
+BACKENDS = ("reference", "torch", "triton", "liger")
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# A plain global, not a ContextVar: torch.compile guards on it, and the threads of the backward pass see it.
+_forced: str | None = None
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Run every operation of :mod:`smalt.kernels` inside the ``with`` block on the named implementation.
 
-    Raises ValueError for a name that is not one of ``BACKENDS``.
+    Holds for the whole process. Raises ValueError for a name that is not one of ``BACKENDS``, and RuntimeError where ``triton``
+    or ``liger`` is not installed.
     """
+    global _forced
     if name not in BACKENDS:
         raise ValueError(f"unknown kernel backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    token = _current.set(name)
+    if name in ("triton", "liger") and triton is None:
+        raise RuntimeError(f"backend {name!r} needs Triton, which is not installed: pip install triton")
+    if name == "liger":
+        _require_liger()
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _current.reset(token)
+        _forced = before
 
 
-def current_backend() -> str:
-    """The name of the implementation in force."""
-    return _current.get()
+def current_backend(x: Tensor | None = None) -> str:
+    """The implementation in force for a tensor; without one, what was chosen, or ``torch``.
+
+    Raises RuntimeError when ``triton`` was chosen and cannot run on the tensor's device.
+    """
+    if x is None:
+        return _forced or "torch"
+    on_gpu = x.device.type == "cuda"
+    name = _forced or ("triton" if on_gpu and triton is not None else "torch")
+    if name not in ("triton", "liger"):
+        return name
+    if x.dtype not in KERNEL_DTYPES:
+        return "torch"
+    if not on_gpu and not INTERPRET and not is_abstract(x):
+        raise RuntimeError(
+            f"kernel backend {name!r} needs a GPU, and the tensor is on {x.device}; to run the kernels in Triton's interpreter, "
+            "set TRITON_INTERPRET=1 before Python starts"
+        )
+    return name
+
+
+def runs_kernel(implementation: str, x: Tensor, max_width: int | None = None) -> bool:
+    """Whether an operator launches its kernel on x: it was asked to, and the rows of x are not wider than the kernel takes."""
+    return implementation in ("triton", "liger") and (max_width is None or x.shape[-1] <= max_width)
+
+
+def is_abstract(x: Tensor) -> bool:
+    """True where no numbers exist: tracing, FakeTensor, meta. The registered operators then stand in for every implementation."""
+    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, torch._subclasses.FakeTensor)
+
+
+def _require_liger() -> None:
+    try:
+        import liger_kernel  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError("backend 'liger' needs Liger, which is not installed: pip install liger-kernel") from error

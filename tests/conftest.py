@@ -1,8 +1,14 @@
 """What all tests share. float64 is the truth; errors of tensors are measured by ``error``."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+# Without a GPU the kernels run in Triton's interpreter. Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The tensors are tiny. More threads only wait for each other, on a busy machine for minutes.
 torch.set_num_threads(1)

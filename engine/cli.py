@@ -11,9 +11,10 @@ from tyro.extras import SubcommandApp
 
 from .errors import BadRecord, UserError
 
-app, data, bench = SubcommandApp(), SubcommandApp(), SubcommandApp()
+app, data, bench, compiled = SubcommandApp(), SubcommandApp(), SubcommandApp(), SubcommandApp()
 app.command(data, name="data", help="Write data.")
 app.command(bench, name="bench", help="Measure speed and memory on this machine.")
+app.command(compiled, name="kernels", help="Look at the compiled kernels.")
 RunDir = Annotated[Path, tyro.conf.arg(name="run", metavar="DIR")]
 
 
@@ -123,6 +124,99 @@ def cpu(
     length = stage.sequence_length
     batch = batch or max(1, length * len(chosen) // sum(map(len, chosen)))
     print_report(bench_cpu(chosen, loaded.model, pack_length=length, batch=batch, rounds=rounds, threads=threads))
+
+
+@bench.command
+def kernels(
+    out: Path | None = None,
+    only: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    quick: bool = False,
+    write_docs: bool = False,
+    measure: bool = True,
+    seconds: float = 420.0,
+) -> None:
+    """Check every kernel on the GPU, then time it against torch, Liger, flash-attn and apex. Ends with 1 where a kernel is wrong.
+
+    Args:
+        out: Folder of results; profiling/results when not given.
+        only: Only this operation; give the option once an operation.
+        quick: Fewer shapes and rounds.
+        write_docs: Rewrite the table in docs/kernels.md from all results in the folder.
+        measure: Off: show, or write, what was measured before. Needs no GPU.
+        seconds: Begin nothing more after this; what is left out is "not measured".
+    """
+    from smalt.profiling.bench import bench_kernels
+    from smalt.profiling.kernels.bench_results import RESULTS
+
+    raise SystemExit(bench_kernels(out or RESULTS, only, quick, write_docs, measure, seconds))
+
+
+@compiled.command
+def check(
+    kernel: str | None = None,
+    target: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    write: bool = False,
+    beside: bool = True,
+    jobs: int = 2,
+    rows: Path | None = None,
+    table: Path | None = None,
+) -> None:
+    """Compile every kernel for every chip, without a GPU, and compare with the committed table. Ends with 1 where a rule is broken.
+
+    Args:
+        kernel: Only this kernel or operation.
+        target: Only this chip (sm_80, sm_90, sm_100, sm_120, gfx942, gfx950); give the option once a chip.
+        write: Rewrite the table and docs/kernels.md.
+        beside: Compile the same operations of Liger and flash-linear-attention too, where installed.
+        jobs: Processes that compile.
+        rows: Launch configurations to try, a file or a folder, in place of those that ship.
+        table: Table to compare with and to write; then docs/kernels.md is left alone.
+    """
+    from smalt.profiling.kernels.check import TABLE, TARGETS
+    from smalt.profiling.kernels.check import check as compare
+    from smalt.profiling.kernels.report import print_outcome, write_docs
+
+    outcome = compare(kernel, target or TARGETS, rows, table or TABLE, beside, jobs, write)
+    if write and kernel is None and table is None:
+        write_docs(outcome)
+    raise SystemExit(print_outcome(outcome))
+
+
+@compiled.command
+def traffic(write: bool = False) -> None:
+    """Count the bytes that the kernels move, in Triton's interpreter. Ends with 1 where they are more than they should be.
+
+    Args:
+        write: Put the tables into docs/kernels.md.
+    """
+    import os
+    import subprocess
+
+    # The interpreter needs a process of its own.
+    command = [sys.executable, "-m", "smalt.profiling.kernels.traffic", *(["--write"] if write else [])]
+    raise SystemExit(subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode)
+
+
+@compiled.command
+def configure(
+    kernel: str | None = None, target: tyro.conf.UseAppendAction[tuple[str, ...]] = (), write: bool = False, jobs: int = 2
+) -> None:
+    """Choose tiles, warps and stages of every kernel for every chip by a model of the chip, confirmed by the compiler.
+
+    Args:
+        kernel: Only this kernel.
+        target: Only this chip; give the option once a chip.
+        write: Write the launch tables.
+        jobs: Processes that compile.
+    """
+    from smalt.kernels.launch import TARGETS
+    from smalt.profiling.kernels.configure import configure as choose
+    from smalt.profiling.kernels.configure import describe, write_rows
+
+    rows, refused = choose(kernel, target or TARGETS, jobs)
+    print(*(f"refused  {line}" for line in refused), *(describe(row) for row in rows), sep="\n")
+    if write:
+        print(*(f"written  {path}" for path in write_rows(rows)), sep="\n")
 
 
 def main() -> int:

@@ -1,27 +1,51 @@
 """Interval attention: query row t attends to the keys ``kv_start[t] <= k < kv_end[t]``, and to no other.
 
-    out[t, h] = sum_k softmax_k(scale * q[t, h] . k[k, h // G]) v[k, h // G],   k in [kv_start[t], kv_end[t])
+    z[t, h, k] = scale * q[t, h] . k[k, h // G],   capped: z = softcap * tanh(z / softcap)
+    lse[t, h]  = log sum_k exp(z[t, h, k]),        k in [kv_start[t], kv_end[t])
+    out[t, h]  = sum_k exp(z[t, h, k] - lse[t, h]) v[k, h // G]
 
 Packed documents, causality, sliding windows, bidirectional image spans and the tiles of a vision tower are all such
-intervals. Both bounds rise with t, so a block of rows sees one contiguous run of keys. Softmax attention: Vaswani et al.
-2017, equation 1; grouped queries: Ainslie et al. 2023 (arXiv 2305.13245).
+intervals. Both bounds rise with t, so a block of rows sees one contiguous run of keys, and a block of keys is seen by one
+contiguous run of rows. Softmax attention: Vaswani et al. 2017, equation 1; grouped queries: Ainslie et al. 2023 (arXiv
+2305.13245); the online softmax: Milakov & Gimelshein 2018 (arXiv 1805.02867); blocks and recomputation: Dao 2023 (arXiv
+2307.08691). With P = exp(z - lse), dP = dout v^T and delta = sum_d dout out - dlse, the gradients are
+
+    dz = P (dP - delta),   dq = scale dz k,   dk = scale dz^T q,   dv = P^T dout,   dz capped: times 1 - (z / softcap)^2
+
+A program owns its rows of dq, or its keys of dk and dv: nothing is added by two programs, and results have the same bits every time.
+Keys are taken in blocks that count from the first key of a document, so a document's result has the same bits wherever it lies in
+a pack and whatever lies beside it, as long as that is finite: a row takes 0 times the values of the other documents of its tile.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import current_backend
+from .attention_blocks import BlockPlan, attention_blocks, block_plan
+from .attention_kernels import launch_backward, launch_forward, max_head_dim
+from .dispatch import current_backend, is_abstract, runs_kernel
 
-# A document of more rows is cut into blocks, so that its first rows are not multiplied with its last keys; into few, since a
-# key is gathered once for every block that sees it.
-BLOCK_ROWS, MAX_BLOCKS = 32, 4
+
+class Intervals(NamedTuple):
+    """The bounds of a pack seen from both sides: int32 [3, T] and int32 [3, S].
+
+    rows: of each row its first key, the end of its keys, and the first key of its document; keys: of each key the first row that
+    sees it, the end of those rows, and the first row of its document.
+    """
+
+    rows: Tensor
+    keys: Tensor
+
+
+class AttentionPlan(NamedTuple):
+    """What :func:`attention_plan` makes of the bounds of a pack, for all its layers: for kernels, and for plain torch."""
+
+    intervals: Intervals | None
+    blocks: BlockPlan | None
 
 
 def attention(
@@ -32,131 +56,151 @@ def attention(
     kv_end: Tensor,
     scale: float | None = None,
     plan: AttentionPlan | None = None,
-) -> Tensor:
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Any:
     """Attention of T query rows over one interval each of S keys; differentiable in q, k and v.
 
-    q_THD: [T, H, D]; k_SKD, v_SKD: [S, K, D] with H a multiple of K; kv_start, kv_end: integer [T], both non-decreasing,
-    with ``0 <= kv_start`` and ``kv_end <= S``. Returns [T, H, D] in q's dtype; a row with an empty interval is zero.
-    ``scale`` defaults to ``D ** -0.5``. ``plan``: what :func:`attention_plan` made of these bounds, where several layers share
-    them. Raises ValueError when the shapes do not fit.
+    q_THD: [T, H, D]; k_SKD, v_SKD: [S, K, D] with H a multiple of K, of any strides; kv_start, kv_end: integer [T], both
+    non-decreasing, with ``0 <= kv_start`` and ``kv_end <= S``. Returns [T, H, D] in q's dtype; a row with an empty interval is
+    zero. ``scale > 0`` defaults to ``D ** -0.5``; ``softcap`` bounds the scores; ``return_lse``: also the log-sum-exp of each row's
+    scores, [T, H] in at least fp32, -inf for an empty row, differentiable as well. ``plan``: what :func:`attention_plan` made of these
+    bounds, where several layers share them. Rows and keys need not be those of one sequence: a shard's rows over gathered keys,
+    or over a chunk of keys with the bounds clamped to it, give what :func:`merge_attention` puts together.
+    Head dims above 256, and above 128 in fp32, run in plain torch. Raises ValueError when the shapes do not fit, or for a scale or
+    softcap that is not positive.
     """
-    _check_shapes(q_THD, k_SKD, v_SKD, kv_start, kv_end)
+    _check(q_THD, k_SKD, v_SKD, kv_start, kv_end, scale, softcap)
     scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
-    if current_backend() == "reference":
-        return attention_reference(q_THD, k_SKD, v_SKD, kv_start, kv_end, scale)
-    return _attention_blocks(q_THD, k_SKD, v_SKD, plan or attention_plan(kv_start, kv_end), scale)
+    implementation = current_backend(q_THD)
+    if implementation == "reference":
+        out, lse = attention_reference(q_THD, k_SKD, v_SKD, kv_start, kv_end, scale, softcap)
+    elif implementation == "torch" and not is_abstract(q_THD):
+        blocks = plan.blocks if plan and plan.blocks else block_plan(kv_start, kv_end)
+        out, lse = attention_blocks(q_THD, k_SKD, v_SKD, blocks, scale, softcap, return_lse)
+    else:
+        rows, keys = plan.intervals if plan and plan.intervals else intervals(kv_start, kv_end, len(k_SKD))
+        out, lse_HT = _attention(q_THD, k_SKD, v_SKD, rows, keys, scale, softcap or 0.0, implementation)
+        lse = lse_HT.T
+    return (out, lse) if return_lse else out
 
 
-def attention_reference(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, kv_start: Tensor, kv_end: Tensor, scale: float) -> Tensor:
-    """The definition, with the whole T x S score matrix in memory. Shapes as in :func:`attention`."""
+def attention_plan(kv_start: Tensor, kv_end: Tensor, num_keys: int | None = None) -> AttentionPlan:
+    """What the implementation in force needs to know of a pack's bounds, made once for all layers. On a GPU without a host sync.
+
+    ``num_keys``: as many as rows, when not given.
+    """
+    implementation = current_backend(kv_start.new_empty(0, dtype=torch.float32))
+    if implementation == "torch" and not is_abstract(kv_start):
+        return AttentionPlan(None, block_plan(kv_start, kv_end))
+    return AttentionPlan(
+        None if implementation == "reference" else intervals(kv_start, kv_end, len(kv_start) if num_keys is None else num_keys), None
+    )
+
+
+def intervals(kv_start: Tensor, kv_end: Tensor, num_keys: int) -> Intervals:
+    """Turn the interval of keys of each row into the interval of rows of each key, and find where documents begin."""
+    start, end = kv_start.int().contiguous(), kv_end.int().contiguous()
+    key = torch.arange(num_keys, dtype=torch.int32, device=start.device)
+    # Row t sees key k if start[t] <= k < end[t], and both rise: the rows that see k are those between two counts.
+    first = torch.searchsorted(end, key, right=True, out_int32=True)
+    stop = torch.searchsorted(start, key, right=True, out_int32=True)
+    return Intervals(_with_origin(start, end), _with_origin(first, stop))
+
+
+def _with_origin(start: Tensor, end: Tensor) -> Tensor:
+    # A document begins where nothing is seen that is seen before it; its origin holds until the next one begins.
+    new = torch.cat([start.new_ones(1, dtype=torch.bool), start[1:] >= end[:-1]]) if len(start) else start.bool()
+    return torch.stack([start, end, torch.where(new, start, 0).cummax(0).values]) if len(start) else start.new_empty(3, 0)
+
+
+def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over disjoint sets of keys, each ``(out, lse)``, as attention over all of them; differentiable.
+
+    Rows that see nothing of a set have lse -inf there; rows that see nothing at all stay zero.
+    """
+    lse = torch.stack([lse for _, lse in parts])
+    total = lse.detach().amax(0)
+    shifted = (lse - torch.where(total.isfinite(), total, 0.0)).exp()
+    norm = shifted.sum(0)
+    weights = shifted / torch.where(norm > 0, norm, 1.0)
+    out = sum((weight[..., None] * out for weight, (out, _) in zip(weights, parts, strict=True)), start=torch.zeros(()).to(lse))
+    return out.to(parts[0][0].dtype), torch.where(norm > 0, torch.where(norm > 0, norm, 1.0).log() + total, float("-inf"))
+
+
+def attention_reference(
+    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, kv_start: Tensor, kv_end: Tensor, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The definition, with the whole T x S score matrix in memory: out and lse. Shapes as in :func:`attention`."""
     groups = q_THD.shape[1] // k_SKD.shape[1]
     k, v = k_SKD.repeat_interleave(groups, 1), v_SKD.repeat_interleave(groups, 1)
     key = torch.arange(k.shape[0], device=k.device)
     visible = (key >= kv_start[:, None]) & (key < kv_end[:, None])
     scores = torch.einsum("thd,shd->hts", q_THD, k) * scale
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     # A row that sees nothing is 0 / 0: define it as 0, in the gradient too.
-    weights = torch.where(visible, weights, 0.0)
-    return torch.einsum("hts,shd->thd", weights, v)
+    empty = ~visible.any(-1)[:, None]
+    wide = torch.promote_types(q_THD.dtype, torch.float32)
+    lse = scores.to(wide).masked_fill(~(visible | empty), float("-inf")).logsumexp(-1)
+    weights = torch.where(visible, (scores.to(wide) - lse[..., None]).exp(), 0.0).to(q_THD.dtype)
+    return torch.einsum("hts,shd->thd", weights, v), lse.masked_fill(empty[:, 0], float("-inf")).T
 
 
-@dataclass(frozen=True)
-class AttentionPlan:
-    """The rows of a pack as blocks, and these as groups of like size: n blocks, each padded to R rows and W keys.
-
-    shapes: (n, R, W) of each group; rows: int64 [sum n * R] and keys: int64 [sum n * W], indices into q and into k and v, a
-    block's last one repeated where it has fewer; visible: bool [n, 1, R, W] of each group, None where all is; place: int64 [T],
-    where in ``rows`` each row of q stands, or, for an empty one, the length of ``rows``. Of the three indices, one that counts
-    0, 1, 2 and so on is None: the tiles of a vision tower lie as they are needed.
-    """
-
-    shapes: list[tuple[int, int, int]]
-    rows: Tensor | None
-    keys: Tensor | None
-    visible: list[Tensor | None]
-    place: Tensor | None
+@torch.library.custom_op("smalt::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, keys: Tensor, scale: float, softcap: float, implementation: str
+) -> tuple[Tensor, Tensor]:
+    if runs_kernel(implementation, q, max_head_dim(q.element_size())):
+        return launch_forward(q, k, v, rows, scale, softcap)
+    out, lse = attention_blocks(q, k, v, block_plan(rows[0], rows[1]), scale, softcap or None, True)
+    return out.contiguous(), lse.T.contiguous()
 
 
-def attention_plan(kv_start: Tensor, kv_end: Tensor) -> AttentionPlan:
-    """Cut the rows into blocks that lie in one document each, and group the blocks whose keys fall between two powers of two."""
-    start, end = kv_start.numpy(force=True), kv_end.numpy(force=True)
-    if (start >= end).all():  # one block whose output no row takes: gradients are then zero, not missing
-        return AttentionPlan([(1, 1, 1)], None, None, [None], torch.ones_like(kv_start, dtype=torch.int64))
-    blocks = _cut_blocks(start, end)
-    size = np.ceil(np.log2(blocks[:, 3] - blocks[:, 2]))
-    shapes, all_rows, all_keys, visible, place, taken = [], [], [], [], np.full(len(start), -1), 0
-    for s in np.unique(size):
-        row, row_end, key, key_end = blocks[size == s].T[:, :, None]
-        rows, keys = row + np.arange((row_end - row).max()), key + np.arange((key_end - key).max())
-        place[rows[rows < row_end]] = taken + np.flatnonzero(rows < row_end)
-        taken += rows.size
-        rows = np.minimum(rows, row_end - 1)
-        seen = (keys[:, None] >= start[rows][..., None]) & (keys[:, None] < end[rows][..., None])
-        shapes.append(seen.shape)
-        all_rows.append(rows.flatten())
-        all_keys.append(np.minimum(keys, key_end - 1).flatten())
-        visible.append(None if seen.all() else torch.from_numpy(seen[:, None]).to(kv_start.device))
-    place[start >= end] = taken
-
-    def index(x: np.ndarray) -> Tensor | None:
-        return None if (x == np.arange(len(x))).all() else torch.from_numpy(x).to(kv_start.device)
-
-    return AttentionPlan(shapes, index(np.concatenate(all_rows)), index(np.concatenate(all_keys)), visible, index(place))
+@_attention.register_fake
+def _(q, k, v, rows, keys, scale, softcap, implementation):
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), lse
 
 
-def _cut_blocks(start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """int64 [num_blocks, 4]: first row and end of each block, and first key and end of what its rows see."""
-    # A document starts where a row sees no key that the row before it sees; an empty row belongs to none.
-    new = start >= np.append(-1, end[:-1])
-    firsts, stops = np.flatnonzero(new & (start < end)), np.append(np.flatnonzero(new | (start >= end)), len(start))
-    blocks = []
-    for low, high in zip(firsts.tolist(), stops[np.searchsorted(stops, firsts, "right")].tolist(), strict=True):
-        alike = start[low] == start[high - 1] and end[low] == end[high - 1]
-        num = 1 if alike else min(MAX_BLOCKS, -(-(high - low) // BLOCK_ROWS))
-        cuts = [low + (high - low) * i // num for i in range(num + 1)]
-        blocks += [(a, b, start[a], end[b - 1]) for a, b in pairwise(cuts)]
-    return np.array(blocks, np.int64)
+@torch.library.custom_op("smalt::attention_backward", mutates_args=())
+def _attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, keys: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
+    scale: float, softcap: float, implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if runs_kernel(implementation, q, max_head_dim(q.element_size())):
+        return launch_backward(q, k, v, rows, keys, out, lse, dout, dlse, scale, softcap)
+    # Inside an operator autograd records nothing; vjp does.
+    plan = block_plan(rows[0], rows[1])
+
+    def again(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return attention_blocks(q, k, v, plan, scale, softcap or None, True)
+
+    pullback: Callable[..., Any] = torch.func.vjp(again, q, k, v)[1]
+    dq, dk, dv = pullback((dout, dlse.T))
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-def _attention_blocks(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    """Each block of rows against the keys that any of its rows sees, the blocks of a group as one batch."""
-    # On a CPU torch's attention is several times slower in bf16 than in fp32, and autocast would bring it back to bf16.
-    wide = torch.promote_types(q_THD.dtype, torch.float32) if q_THD.device.type == "cpu" else q_THD.dtype
-    num_rows, num_keys = [n * rows for n, rows, _ in plan.shapes], [n * keys for n, _, keys in plan.shapes]
-    outputs = []
-    with torch.autocast(q_THD.device.type, enabled=False):
-        q_rows = _take(q_THD.to(wide), plan.rows, sum(num_rows)).split(num_rows)
-        k_rows, v_rows = (_take(x.to(wide), plan.keys, sum(num_keys)).split(num_keys) for x in (k_SKD, v_SKD))
-        for (n, *_), q, k, v, visible in zip(plan.shapes, q_rows, k_rows, v_rows, plan.visible, strict=True):
-            q, k, v = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in (q, k, v))
-            gqa = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=gqa)
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
-    nothing = q_THD.new_zeros(1, *q_THD.shape[1:], dtype=wide)
-    return _take(torch.cat([*outputs, nothing]), plan.place, len(q_THD)).to(q_THD.dtype)
+@_attention_backward.register_fake
+def _(q, k, v, rows, keys, out, lse, dout, dlse, scale, softcap, implementation):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _take(x: Tensor, index: Tensor | None, length: int) -> Tensor:
-    """The rows of an index, or the first ones."""
-    return x[:length] if index is None else x.index_select(0, index)
+def _setup(ctx, inputs, output):
+    q, k, v, rows, keys, ctx.scale, ctx.softcap, ctx.implementation = inputs
+    ctx.save_for_backward(q, k, v, rows, keys, *output)
 
 
-def decode_attention(q_BHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, lengths: Tensor, scale: float | None = None) -> Tensor:
-    """One query row a sequence over that sequence's cached keys: the step of generation. Not differentiable by intent.
-
-    q_BHD: [B, H, D]; k_BLKD, v_BLKD: [B, L, K, D]; lengths: integer [B], row b sees keys 0 <= k < lengths[b], at least one.
-    Returns [B, H, D].
-    """
-    B, H, D = q_BHD.shape
-    K = k_BLKD.shape[2]
-    scale = D**-0.5 if scale is None else scale
-    visible = torch.arange(k_BLKD.shape[1], device=lengths.device) < lengths[:, None]
-    scores = torch.einsum("bkgd,blkd->bkgl", q_BHD.view(B, K, H // K, D), k_BLKD) * scale
-    weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
-    return torch.einsum("bkgl,blkd->bkgd", weights, v_BLKD).reshape(B, H, D)
+def _backward(ctx, dout, dlse):
+    q, k, v, rows, keys, out, lse = ctx.saved_tensors
+    grads = _attention_backward(q, k, v, rows, keys, out, lse, dout, dlse, ctx.scale, ctx.softcap, ctx.implementation)
+    return *grads, None, None, None, None, None
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, kv_start: Tensor, kv_end: Tensor) -> None:
+_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, kv_start: Tensor, kv_end: Tensor, scale: float | None, softcap: float | None) -> None:
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; expected q [T, H, D] and "
@@ -164,3 +208,6 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, kv_start: Tensor, kv_end: Ten
         )
     if kv_start.shape != q.shape[:1] or kv_end.shape != q.shape[:1]:
         raise ValueError(f"attention: kv_start {tuple(kv_start.shape)} and kv_end {tuple(kv_end.shape)} must be [{q.shape[0]}]")
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and not value > 0:
+            raise ValueError(f"attention: {name} is {value}; it must be greater than 0")

@@ -97,6 +97,7 @@ class _State:
     target: str | None = None
     table: dict[tuple[str, str, int], list[tuple[int, Config]]] | None = None
     record: list[Launch] | None = field(default=None)
+    observers: tuple[Callable[[str, Config], None], ...] = ()
 
 
 _state = _State()
@@ -155,6 +156,8 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, config: Co
         return
     if 0 in grid:
         return
+    for observer in _state.observers:
+        observer(name, config)
     with torch.cuda.device(args[0].device) if args[0].is_cuda else nullcontext():
         kernel[grid](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
 
@@ -172,6 +175,28 @@ def recording(target: str, table: list[dict[str, Any]] | None = None) -> Iterato
         yield record
     finally:
         _state.target, _state.table, _state.record = before
+
+
+@contextmanager
+def configured_for(target: str, table: list[dict[str, Any]] | None = None) -> Iterator[None]:
+    """Inside the block launches run here, with the tiles of another target. ``table``: as for :func:`recording`."""
+    before = (_state.target, _state.table)
+    _state.target, _state.table = target, index_table(table) if table else None
+    try:
+        yield
+    finally:
+        _state.target, _state.table = before
+
+
+@contextmanager
+def observing(observer: Callable[[str, Config], None]) -> Iterator[None]:
+    """Inside the block ``observer`` is told the name and the configuration of each launch before it runs."""
+    before = _state.observers
+    _state.observers = (*before, observer)
+    try:
+        yield
+    finally:
+        _state.observers = before
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .column_sum import column_sum
 from .dispatch import current_backend, runs_kernel
 from .launch import as_rows, cdiv, configuration, convert, jit, launch, next_power_of_two, tl
 
-MAX_WIDTH = 16_384  # a program holds whole rows in registers
+MAX_WIDTH = 8192  # a program holds whole rows in registers
 
 
 def rms_norm(
@@ -26,15 +26,18 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalise x, or x + residual; differentiable in x, residual and weight.
 
-    x: [..., D] of any strides; weight: [D] of any float dtype; residual: like x. Returns y [..., D] in x's dtype; with a residual
-    (y, x + residual), of which the second is what the next residual is added to. Raises ValueError when the shapes do not fit or
-    ``cast`` is neither "after" nor "before".
+    x: [..., D] of any strides; weight: [D] of any float dtype; residual: of x's shape. Returns y [..., D] in x's dtype; with a
+    residual (y, x + residual), both in the wider dtype of the two, of which the second is what the next residual is added to.
+    Raises ValueError when the shapes do not fit or ``cast`` is neither "after" nor "before".
     """
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
         added = "" if residual is None else f", residual {tuple(residual.shape)}"
         raise ValueError(f"rms_norm: x {tuple(x.shape)}, weight {tuple(weight.shape)}{added}; expected [..., D], [D], and x's shape")
     if cast not in ("after", "before"):
         raise ValueError(f'rms_norm: cast is {cast!r}; choose "after" or "before"')
+    if residual is not None and residual.dtype != x.dtype:  # under autocast: a wider residual stays what it is
+        wider = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(wider), residual.to(wider)
     implementation = current_backend(x)
     if implementation == "reference":
         y, total = rms_norm_reference(x, weight, eps, residual, cast)
@@ -55,29 +58,33 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor |
     return y.to(x.dtype), total
 
 
+# Tiles on sm_90, rows of 2560: ROWS = 32, BLOCK_T = 2, 8 warps. A program takes ROWS rows, so that the weight is read once for them.
 @jit(varying=("num_rows",))
 def _forward_kernel(
     x, residual, weight, y, total, inverse, num_rows, num_columns, x_stride, residual_stride, eps,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, RESIDUAL: tl.constexpr, CAST_BEFORE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, RESIDUAL: tl.constexpr, CAST_BEFORE: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
-    row, column = (t < num_rows)[:, None], (d < num_columns)[None, :]
-    s = tl.load(x + t[:, None] * x_stride + d[None, :], mask=row & column, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        # What is normalised is what is returned: the sum as x's dtype holds it.
-        s += tl.load(residual + t[:, None] * residual_stride + d[None, :], mask=row & column, other=0.0).to(tl.float32)
-        s = convert(s, total.dtype.element_ty)
-        tl.store(total + t[:, None] * num_columns + d[None, :], s, mask=row & column)
-        s = s.to(tl.float32)
-    rsqrt = 1.0 / tl.sqrt(tl.sum(s * s, axis=1) / num_columns + eps)
+    column = (d < num_columns)[None, :]
     w = tl.load(weight + d, mask=d < num_columns, other=0.0).to(tl.float32)
-    n = s * rsqrt[:, None]
     if CAST_BEFORE:
-        n = convert(n, y.dtype.element_ty).to(tl.float32)
         w = convert(w, y.dtype.element_ty).to(tl.float32)
-    tl.store(y + t[:, None] * num_columns + d[None, :], convert(n * w[None, :], y.dtype.element_ty), mask=row & column)
-    tl.store(inverse + t, rsqrt, mask=t < num_rows)
+    for first in range(0, ROWS, BLOCK_T):
+        t = tl.program_id(0).to(tl.int64) * ROWS + first + tl.arange(0, BLOCK_T)
+        inside = (t < num_rows)[:, None] & column
+        s = tl.load(x + t[:, None] * x_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            # What is normalised is what is returned: the sum as x's dtype holds it.
+            s += tl.load(residual + t[:, None] * residual_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            s = convert(s, total.dtype.element_ty)
+            tl.store(total + t[:, None] * num_columns + d[None, :], s, mask=inside)
+            s = s.to(tl.float32)
+        rsqrt = 1.0 / tl.sqrt(tl.sum(s * s, axis=1) / num_columns + eps)
+        n = s * rsqrt[:, None]
+        if CAST_BEFORE:
+            n = convert(n, y.dtype.element_ty).to(tl.float32)
+        tl.store(y + t[:, None] * num_columns + d[None, :], convert(n * w[None, :], y.dtype.element_ty), mask=inside)
+        tl.store(inverse + t, rsqrt, mask=t < num_rows)
 
 
 @jit(varying=("num_rows",))
@@ -116,7 +123,7 @@ def launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: floa
     added = x if residual is None else residual
     config = configuration("rms_norm_forward", D, x)
     launch(
-        "rms_norm_forward", _forward_kernel, (cdiv(T, config.tiles["BLOCK_T"]),),
+        "rms_norm_forward", _forward_kernel, (cdiv(T, config.tiles["ROWS"]),),
         x, added, weight, y, total, inverse, T, D, x.stride(0), added.stride(0), eps,
         config=config, BLOCK_D=next_power_of_two(D), RESIDUAL=residual is not None, CAST_BEFORE=cast_before,
     )  # fmt: skip

@@ -17,8 +17,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None):
+        """The norm of x; with a residual, the norm of their sum, and the sum."""
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 @dataclass
@@ -65,25 +66,28 @@ class CacheStep:
 class Attention(nn.Module):
     def __init__(self, config: LanguageConfig):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.head_dim = config.head_dim
         self.q = nn.Linear(config.width, config.num_heads * config.head_dim, bias=config.qkv_bias)
         self.k = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
         self.v = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(config.num_heads * config.head_dim, config.width, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_TC: Tensor, rows: Rows, cache: LayerCache | None, step: CacheStep | None) -> Tensor:
-        q = self.q_norm(self.q(x_TC).unflatten(-1, (self.num_heads, self.head_dim)))
-        k = self.k_norm(self.k(x_TC).unflatten(-1, (self.num_kv_heads, self.head_dim)))
-        v = self.v(x_TC).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        q, k = rotary(torch.cat([q, k], 1), rows.cos, rows.sin).split([self.num_heads, self.num_kv_heads], 1)
+        q, k, v = (p(x_TC).unflatten(-1, (-1, self.head_dim)) for p in (self.q, self.k, self.v))
+        q, k = _normalise_and_turn(q, self.q_norm, rows), _normalise_and_turn(k, self.k_norm, rows)
         if cache is not None and step is not None:
             cache.store(k, v, step.sequence, step.position)
             if step.decode:
                 filled = int(step.position.max()) + 1
                 return self.out(decode_attention(q, cache.k[:, :filled], cache.v[:, :filled], step.position + 1).flatten(1))
         return self.out(attention(q, k, v, rows.kv_start, rows.kv_end, plan=rows.plan).flatten(1))
+
+
+def _normalise_and_turn(x_THD: Tensor, norm: RMSNorm | None, rows: Rows) -> Tensor:
+    """QK-norm, where there is one, and rotary embedding in one pass."""
+    return rotary(x_THD, rows.cos, rows.sin) if norm is None else rotary(x_THD, rows.cos, rows.sin, norm.weight, norm.eps)
 
 
 class DecoderBlock(nn.Module):
@@ -97,8 +101,7 @@ class DecoderBlock(nn.Module):
         self.down = nn.Linear(config.ffn, config.width, bias=False)
 
     def forward(self, x_TC: Tensor, rows: Rows, cache: LayerCache | None = None, step: CacheStep | None = None) -> Tensor:
-        x_TC = x_TC + self.attention(self.norm1(x_TC), rows, cache, step)
-        h = self.norm2(x_TC)
+        h, x_TC = self.norm2(self.attention(self.norm1(x_TC), rows, cache, step), x_TC)
         return x_TC + self.down(swiglu(self.gate(h), self.up(h)))
 
 

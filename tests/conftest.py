@@ -16,6 +16,13 @@ settings.register_profile("smalt", deadline=None, derandomize=True, max_examples
 settings.load_profile("smalt")
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 def _error(got, want, floor=0.0):
     assert got.shape == want.shape, f"{tuple(got.shape)} is not {tuple(want.shape)}"
     difference = (got.double() - want.double()).abs().max().item() if want.numel() else 0.0

@@ -152,3 +152,39 @@ def check_operator():
             assert (a is None and b is None) or torch.equal(a.nan_to_num(), b.nan_to_num())
 
     return check
+
+
+LAYOUTS = ("contiguous", "sliced", "transposed", "expanded", "strided")
+
+
+def laid_out(x, layout):
+    """x in memory as users bring it; "expanded": its first row instead, over and over, from one place in memory."""
+    if layout == "sliced":  # columns of something wider
+        return torch.cat([x, x[..., :1], x], -1)[..., x.shape[-1] + 1 :]
+    if layout == "transposed":
+        return x.transpose(0, -2).contiguous().transpose(0, -2)
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    return x.repeat_interleave(2, -1)[..., ::2] if layout == "strided" else x
+
+
+@pytest.fixture(scope="session")
+def check_layouts():
+    """check_layouts(function, inputs, layouts): the strides of the inputs and of the upstream gradient change no bit.
+
+    layouts: one of LAYOUTS for each input, and one for the gradient.
+    """
+
+    def check(function, inputs, layouts):
+        given, results = [laid_out(x, layout) for x, layout in zip(inputs, layouts[:-1], strict=True)], []
+        for arrange in (lambda x: x, torch.Tensor.contiguous):
+            leaves = [arrange(x).detach().requires_grad_() for x in given]
+            with backend("triton"):
+                y = function(*leaves)
+                upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+                gradients = torch.autograd.grad(y, leaves, arrange(laid_out(upstream, layouts[-1])))
+            results.append([y.detach(), *gradients])
+        for strided, contiguous in zip(*results, strict=True):
+            assert torch.equal(strided, contiguous)
+
+    return check

@@ -1,18 +1,21 @@
 """backend(): which implementation runs."""
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from smalt.kernels import BACKENDS, attention, backend, current_backend, linear_cross_entropy
+from smalt.kernels.launch import INTERPRET
 
 
 def test_nesting_restores():
     assert current_backend() == "torch"
     with backend("reference"):
-        with backend("torch"):
-            assert current_backend() == "torch"
+        with backend("triton"):
+            assert current_backend() == "triton"
         assert current_backend() == "reference"
         with pytest.raises(RuntimeError, match="inside"), backend("torch"):
             raise RuntimeError("inside")
@@ -24,6 +27,34 @@ def test_unknown_name():
     with pytest.raises(ValueError, match=r"'cuda'.*reference, torch"), backend("cuda"):
         pass
     assert current_backend() in BACKENDS
+
+
+def test_device_and_dtype_decide():
+    x = torch.ones(2)
+    assert current_backend(x) == "torch"
+    with backend("reference"):
+        assert current_backend(x.double()) == "reference"
+    if INTERPRET:
+        with backend("triton"):
+            assert current_backend(x) == "triton"
+            assert current_backend(x.double()) == "torch", "the kernels take no float64"
+
+
+def test_kernels_on_a_cpu_without_the_interpreter_are_an_error():
+    code = "import torch, smalt.kernels as k\nwith k.backend('triton'): k.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"TRITON_INTERPRET": "0"}, check=False)
+    assert "needs a GPU, and the tensor is on cpu; to run the kernels in Triton's interpreter, set TRITON_INTERPRET=1" in done.stderr
+
+
+def test_without_triton_the_package_works():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, smalt.kernels as k\n"
+        "assert k.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6).shape == (2, 4)\n"
+        "k.backend('triton').__enter__()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "backend 'triton' needs Triton, which is not installed: pip install triton" in done.stderr
 
 
 def test_operations_obey(monkeypatch):

@@ -1,0 +1,12 @@
+"""What the compiler makes of every kernel, read from the binary on a machine without a GPU: ``smalt kernels check``.
+
+cases.py         what to compile: each operation at the shapes of the 3B model
+others.py        the same operations in Liger and flash-linear-attention
+compile.py       a recorded launch, compiled for a chip as Triton would at run time
+machine_code.py  registers, stack, spills, shared memory, matrix instructions, copies
+loops.py         the loops of the machine code, their instructions by pipe, the bound that these set
+chips.py         limits and rates of the chips
+worker.py        the process that compiles
+check.py         the table, and what may not get worse
+report.py        the table, to read
+"""

@@ -1,0 +1,75 @@
+"""The random bits of AdamW and what is rounded with them."""
+
+import math
+
+import pytest
+import torch
+
+from smalt.kernels import backend
+from smalt.kernels.adamw import AdamW, philox, random_bits, round_stochastically
+
+
+def test_philox_is_that_of_its_authors():
+    """Known answers of Random123 (kat_vectors)."""
+    low = 0xFFFFFFFF
+    for counter, key, answer in [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((low, low, low, low), (low, low), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ]:
+        got = philox(torch.tensor([counter[0]]), torch.tensor([counter[1]]), *counter[2:], *key)
+        assert tuple(int(x) for x in got) == answer
+
+
+def test_random_bits_differ_in_all_that_they_are_made_of():
+    index = torch.arange(64)
+    base = {"number": 1, "stream": 0, "seed": 5, "step": 3}
+    changed = [{}, {"number": 2}, {"stream": 1}, {"stream": 2}, {"seed": 6}, {"seed": 5 + 2**32}, {"step": 4}]
+    drawn = [random_bits(index, **{**base, **c}) for c in changed] + [
+        random_bits(index + 2**35, **base),
+        random_bits(index + 64, **base),
+    ]
+    for i, a in enumerate(drawn):
+        assert a.min() >= 0 and a.max() < 2**16 and a.unique().numel() > 60  # noqa: PT018
+        assert all((a == b).sum() < 4 for b in drawn[:i])
+
+
+def test_stochastic_rounding():
+    bits = torch.arange(2**16)
+    for x in (1.001, -3.3e-5, 70000.0, 1e-39):
+        got = round_stochastically(torch.full((2**16,), x), bits).double()
+        assert got.unique().numel() == 2
+        assert got.mean().item() == pytest.approx(float(torch.tensor(x)), rel=1e-12)
+    exact = torch.tensor([0.0, -0.0, 1.0, -2.5, 1e-40, math.inf, -math.inf]).bfloat16()
+    for b in (0, 1, 2**16 - 1):
+        assert torch.equal(round_stochastically(exact.float(), torch.full((7,), b)), exact)
+        nan = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+        assert round_stochastically(nan, torch.full((3,), b)).isnan().all()
+
+
+@pytest.mark.parametrize(("name", "numel"), [("torch", 4096), pytest.param("triton", 1024, marks=pytest.mark.slow)])
+def test_steps_below_half_a_unit_are_not_lost_and_not_biased(device, name, numel):
+    p = torch.nn.Parameter(torch.ones(numel, device=device, dtype=torch.bfloat16))
+    optimizer = AdamW([p], lr=2.0**-12, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0)
+    p.grad = torch.ones_like(p)
+    with backend(name):
+        for _ in range(8):
+            optimizer.step()
+    # A unit below 1 is 2^-8: a step is a sixteenth of it, and rounding to nearest would stay at 1.
+    moved = (1 - p.detach().double()).mean().item()
+    sigma = 2.0**-8 * math.sqrt(8 * 1 / 16 * 15 / 16 / numel)
+    assert abs(moved - 8 * 2.0**-12) < 4 * sigma
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_parameters_round_independently(device, name):
+    p, q = (torch.nn.Parameter(torch.ones(64, device=device, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = AdamW([p, q], lr=1e-3)
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    with backend(name):
+        optimizer.step()
+    assert not torch.equal(p, q)

@@ -61,7 +61,9 @@ def test_any_order_of_the_grid_gives_the_same_bits(check_grid_order, device, see
     generator = torch.Generator().manual_seed(seed)
     q, k, v = torch.randn(2, 2, 16, generator=generator), *torch.randn(2, 2, 40, 1, 16, generator=generator)
     lengths = torch.tensor([40, 9], device=device)
-    check_grid_order(lambda q, k, v: decode_attention(q, k, v, lengths).detach(), [q.to(device), k.to(device), v.to(device)], orders=20)
+    check_grid_order(
+        lambda q, k, v: decode_attention(q, k, v, lengths).detach(), [q.to(device), k.to(device), v.to(device)], orders=20
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,12 @@ def test_any_order_of_the_grid_gives_the_same_bits(check_grid_order, device, see
     ],
 )
 def test_bad_arguments_are_named(changed, message):
-    arguments = {"q": torch.ones(2, 4, 8), "k": torch.ones(2, 5, 2, 8), "v": torch.ones(2, 5, 2, 8), "lengths": torch.ones(2, dtype=torch.int64)}
+    arguments = {
+        "q": torch.ones(2, 4, 8),
+        "k": torch.ones(2, 5, 2, 8),
+        "v": torch.ones(2, 5, 2, 8),
+        "lengths": torch.ones(2, dtype=torch.int64),
+    }
     arguments |= {"scale": None, "softcap": None} | changed
     with pytest.raises(ValueError, match=message):
         decode_attention(*arguments.values())

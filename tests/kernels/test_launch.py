@@ -8,7 +8,20 @@ import pytest
 import torch
 
 from smalt.kernels import launch as module
-from smalt.kernels.launch import TABLES, Config, as_rows, cdiv, configuration, convert, index_table, jit, launch, next_power_of_two, recording, tl
+from smalt.kernels.launch import (
+    TABLES,
+    Config,
+    as_rows,
+    cdiv,
+    configuration,
+    convert,
+    index_table,
+    jit,
+    launch,
+    next_power_of_two,
+    recording,
+    tl,
+)
 
 KERNELS = sorted(Path(module.__file__).parent.glob("*.py"))
 ROWS = [

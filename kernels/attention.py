@@ -67,7 +67,7 @@ def attention(
     scores, [T, H] in at least fp32, -inf for an empty row, differentiable as well. ``plan``: what :func:`attention_plan` made of these
     bounds, where several layers share them. Rows and keys need not be those of one sequence: a shard's rows over gathered keys,
     or over a chunk of keys with the bounds clamped to it, give what :func:`merge_attention` puts together.
-    Head dims above 256, and above 128 in fp32, run in plain torch. Raises ValueError when the shapes do not fit, or for a scale or
+    On a GPU fp32, and head dims above 256, run in plain torch. Raises ValueError when the shapes do not fit, or for a scale or
     softcap that is not positive.
     """
     _check(q_THD, k_SKD, v_SKD, kv_start, kv_end, scale, softcap)

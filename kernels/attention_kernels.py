@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .launch import cdiv, configuration, constexpr, convert, dot, jit, launch, next_power_of_two, precision, tl
+from .launch import INTERPRET, cdiv, configuration, constexpr, convert, dot, jit, launch, next_power_of_two, precision, tl
 
 LOG2E = constexpr(1.4426950408889634)
 LN2 = constexpr(0.6931471805599453)
@@ -406,8 +406,9 @@ def head_dim_parts(head_dim: int) -> tuple[int, int]:
 
 
 def max_head_dim(itemsize: int) -> int:
-    """The largest head dim that the kernels take: with more, fp32 leaves no room in registers."""
-    return 256 if itemsize == 2 else 128
+    """The largest head dim that the kernels take: none in fp32, whose exact products spill whatever the tiles. The interpreter has no
+    registers, and proves the formulas in fp32 too."""
+    return 256 if itemsize == 2 or INTERPRET else 0
 
 
 def aligned(*strides: int) -> tuple[int, tuple[int, ...]]:

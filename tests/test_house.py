@@ -39,6 +39,7 @@ def test_rooms_are_imported_under_one_name():
     assert not [(p, name) for p in SOURCES for name in imports(p) if name.split(".")[0] in ROOMS]
 
 
+@pytest.mark.slow
 def test_optional_libraries_are_not_loaded_by_the_default_run():
     code = "import sys, smalt.engine.trainer, smalt.engine.cli; print([m for m in sys.modules if '.' not in m])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout

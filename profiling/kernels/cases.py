@@ -245,8 +245,9 @@ CASES = (
         ("attention_forward", "attention_dq", "attention_dkv"),
         (HEAD_DIM, VISION_HEAD_DIM),
         (_attention_forward, _attention_backward),
+        ("bf16",),
     ),
-    Case("decode_attention", ("decode_attention", "decode_attention_merge"), (HEAD_DIM,), (_decode_attention,)),
+    Case("decode_attention", ("decode_attention", "decode_attention_merge"), (HEAD_DIM,), (_decode_attention,), ("bf16",)),
     Case(
         "linear_cross_entropy",
         ("linear_statistics_forward", "linear_statistics_merge", "linear_statistics_backward"),

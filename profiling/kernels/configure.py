@@ -54,7 +54,8 @@ def configure(kernel: str | None = None, targets: Iterable[str] = TARGETS, jobs:
         open_keys = set(failed)
         if not open_keys:
             return [rows[0] for rows in left.values()], refused
-    raise RuntimeError(f"after {MAX_ROUNDS} rounds still refused: {', '.join(map(str, sorted(open_keys)))}")
+    refused += [f"{key}: nothing in {MAX_ROUNDS} rounds; its rows are left as they are" for key in sorted(open_keys)]
+    return [rows[0] for key, rows in left.items() if key not in open_keys], refused
 
 
 def _failures(rows: dict[Key, Row], open_keys: set[Key], jobs: int) -> dict[Key, str]:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from smalt.kernels.attention_kernels import max_head_dim
 from smalt.kernels.launch import cdiv, next_power_of_two
 
 from .chips import CHIPS, Chip
@@ -153,7 +152,7 @@ class MatrixKernel:
                 if tiles[self.rows] < (16 if self.sums else 8) * warps:
                     continue
                 threads = warps * chip.warp_size
-                registers = PRODUCT_FRAME + self.live(tiles, size) / threads * (1 if bits == 16 else 1.5)
+                registers = PRODUCT_FRAME + self.live(tiles, size) / threads * (1 if bits == 16 else 2.5)
                 # AMD's matrix units read what stays from registers, and its pipeline keeps one stage there too.
                 kept, buffers = (0.0, max(1, stages - 1)) if chip.backend == "hip" else (self.held(tiles, size), stages)
                 shared = itemsize * (kept + buffers * self.loads(tiles, size))
@@ -183,10 +182,8 @@ def _resident(machine: Machine, chip: Chip, threads: int, registers: float, shar
 
 
 def sizes(kernel: RowKernel | MatrixKernel, bits: int) -> tuple[int, ...]:
-    """Of the rows of a kernel; in fp32, which few train in, only the two largest, and of head dims only those that it takes."""
-    if bits == 16:
-        return kernel.sizes
-    return tuple(s for s in kernel.sizes if kernel.sizes[-1] != 256 or s <= max_head_dim(4))[-2:]
+    """Of the rows of a kernel; in fp32, which few train in, only the two largest."""
+    return kernel.sizes if bits == 16 else kernel.sizes[-2:]
 
 
 def ranked(kernel: RowKernel | MatrixKernel, target: str, bits: int, size: int) -> list[Guess]:
@@ -235,6 +232,7 @@ def _attention(name: str, products: int, accumulators: str, choices: dict[str, t
         programs=lambda t, D: 20 * cdiv(TOKENS, t[own]),
         steps=lambda t, D: TOKENS / t[other] / 2,
         sums=held == 1,
+        bits=(16,),
     )  # fmt: skip
 
 
@@ -314,7 +312,7 @@ KERNELS: tuple[RowKernel | MatrixKernel, ...] = (
     _attention("attention_dq", 3, "rows", _TILES),
     _attention("attention_dkv", 4, "keys", {"BLOCK_M": (16, 32, 64), "BLOCK_N": (32, 64, 128)}),
     MatrixKernel(  # 16 rows, of which a group of heads fills some; bound by the cache that is read
-        "decode_attention", (128, 256), {"BLOCK_N": (32, 64, 128), "SLICE": (256, 512)}, "BLOCK_N",
+        "decode_attention", (80, 128, 256), {"BLOCK_N": (32, 64, 128), "SLICE": (256, 512)}, "BLOCK_N",
         flop=lambda t, D: 4 * 16 * t["BLOCK_N"] * _padded(D),
         work=lambda t, D: 16 * (6.5 * t["BLOCK_N"] + _padded(D)),
         loads=lambda t, D: 2 * t["BLOCK_N"] * _padded(D),
@@ -322,9 +320,12 @@ KERNELS: tuple[RowKernel | MatrixKernel, ...] = (
         live=lambda t, D: 16 * (2 * _padded(D) + 2 * t["BLOCK_N"]),
         programs=lambda t, D: 64 * 4 * cdiv(4096, t["SLICE"]),
         steps=lambda t, D: t["SLICE"] / t["BLOCK_N"],
+        bits=(16,),
     ),
     RowKernel(
-        "decode_attention_merge", (128, 256), {}, lambda t, s: s, lambda t, s: 64 * _HEADS, lambda t, s: 16, live=3, loads=1, stores=0
+        "decode_attention_merge", (80, 128, 256), {}, lambda t, s: s, lambda t, s: 64 * _HEADS, lambda t, s: 16,
+        live=3, loads=1, stores=0,
+        bits=(16,),
     ),
     _product("matmul", "BLOCK_T", "BLOCK_N", "BLOCK_K",
              {"BLOCK_T": (64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64)}, (TOKENS, 8192, _WIDTH)),

@@ -80,6 +80,7 @@ def test_full_disk_stops(tiny_config, tmp_path, train, small_disk, finished):
     assert latest_checkpoint(checkpoints).step == 2
 
 
+@pytest.mark.slow
 def test_newest_are_kept_and_hold_no_pickle(tiny_config, finished):
     folders = sorted((finished(tiny_config(ONE_STAGE)) / "checkpoints").iterdir())
     assert [f.name for f in folders] == ["step-00000006", "step-00000007"]

@@ -24,7 +24,7 @@ MIXED = pack_intervals([[(20, CAUSAL), (19, IMAGE), (9, CAUSAL)], [(1, CAUSAL)],
 layouts = st.fixed_dictionaries(
     {
         "heads": st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 2)]),
-        "D": st.sampled_from([1, 8, 16, 16, 24]),
+        "D": st.sampled_from([8, 16, 16, 24]),
         "dtype": st.sampled_from(DTYPES),
         "layout": st.sampled_from(["contiguous", "heads", "strided", "packed"]),
         "seed": st.integers(0, 99),
@@ -81,7 +81,7 @@ def test_a_mixed_pack_obeys_the_rule(check_rule, device, case, given):
 @example(pack=pack_intervals([[(64, CAUSAL)]]), layout=PLAIN, given=NO_OPTIONS)  # tiles and blocks end together
 @example(pack=pack_intervals([[(40, CAUSAL)]], window=16), layout=PLAIN, given=NO_OPTIONS)
 @example(pack=pack_intervals([], tail=40), layout=PLAIN, given=NO_OPTIONS | {"return_lse": True})
-@settings(max_examples=40)
+@settings(max_examples=12)
 def test_packs_obey_the_rule(check_rule, device, pack, layout, given):
     assume(more_than_one_key(*pack))
     q, k, v, _ = tensors(len(pack[0]), len(pack[0]), **layout)
@@ -90,6 +90,7 @@ def test_packs_obey_the_rule(check_rule, device, pack, layout, given):
 
 @pytest.mark.slow
 @given(T=st.integers(1, 70), S=st.integers(1, 70), seed=st.integers(0, 999), layout=layouts, given=options)
+@settings(max_examples=10)
 def test_any_rising_bounds_obey_the_rule(check_rule, device, T, S, seed, layout, given):
     bounds = rising_bounds(T, S, seed)
     assume(more_than_one_key(*bounds))
@@ -124,7 +125,7 @@ def test_scores_of_any_size_obey_the_rule(check_rule, device, size, given, dtype
 )
 @example(layouts=("contiguous", "contiguous", "contiguous", "expanded"), dtype=torch.bfloat16)
 @example(layouts=("sliced", "transposed", "expanded", "strided"), dtype=torch.float32)
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_strides_change_no_bit(check_layouts, device, layouts, dtype):
     pack = pack_intervals([[(5, CAUSAL)], [(30, CAUSAL)]], tail=1)
     q, k, v, _ = tensors(36, 36, (2, 1), 16, dtype)
@@ -133,7 +134,7 @@ def test_strides_change_no_bit(check_layouts, device, layouts, dtype):
 
 @pytest.mark.slow
 @given(pack=packs(rows=36, documents=4), cuts=st.tuples(st.floats(0, 1), st.floats(0, 1)), layout=layouts, given=options)
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_shards_obey_the_rule(check_rule, device, pack, cuts, layout, given):
     # A rank holds two chunks of the rows, far apart, and sees the keys in three chunks.
     assume(more_than_one_key(*pack))
@@ -225,7 +226,7 @@ others = st.lists(st.lists(st.tuples(st.integers(0, 20), st.sampled_from([CAUSAL
 )
 @example(document=[(64, CAUSAL)], companies=([[(13, CAUSAL)]], []), window=None, dtype=torch.bfloat16, softcap=None)
 @example(document=[(50, CAUSAL)], companies=([[(5, IMAGE)]], [[(9, CAUSAL)]]), window=20, dtype=torch.float32, softcap=None)
-@settings(max_examples=30)
+@settings(max_examples=8)
 def test_a_documents_bits_know_nothing_of_the_pack(device, document, companies, window, dtype, softcap):
     alone = place(document, [], [], window, dtype, {"softcap": softcap}, device)
     among = place(document, *companies, window, dtype, {"softcap": softcap}, device)

@@ -40,12 +40,14 @@ def test_device_and_dtype_decide():
             assert current_backend(x.double()) == "torch", "the kernels take no float64"
 
 
+@pytest.mark.slow
 def test_kernels_on_a_cpu_without_the_interpreter_are_an_error():
     code = "import torch, smalt.kernels as k\nwith k.backend('triton'): k.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"TRITON_INTERPRET": "0"}, check=False)
     assert "needs a GPU, and the tensor is on cpu; to run the kernels in Triton's interpreter, set TRITON_INTERPRET=1" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_triton_the_package_works():
     code = (
         "import sys; sys.modules['triton'] = None\n"

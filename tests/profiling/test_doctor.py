@@ -113,6 +113,7 @@ def test_companions_of_torch(fake, name, version, code, status, says):
         assert wanted in found.advice
 
 
+@pytest.mark.slow
 def test_a_companion_that_hangs(fake):
     fake("torchvision", f"0.{TORCH_MINOR + 15}.0", init="import time; time.sleep(60)")
     (found,) = fake.examine("d.check_companion('torchvision')", timeout=2)

@@ -15,7 +15,7 @@ test: lint ## run every check
 	$(BIN)/pytest $(ARGS)
 
 test-fast: $(VENV)/.dev ## the everyday loop, under a minute
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import runs_kernel
+from .dispatch import runs_kernel, without_dispatcher
 from .launch import as_rows, cdiv, configuration, constexpr, convert, jit, launch, tl
 
 _CUBIC = constexpr(0.044715)
@@ -123,7 +123,7 @@ def activation_unit(gate: Tensor, up: Tensor | None, activation: str, packed: bo
 
     activation: "silu" or "gelu"; implementation: "triton" or "torch". Differentiable in gate and up.
     """
-    return _unit(gate, up, activation, packed, implementation)
+    return _call(gate, up, activation, packed, implementation)
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,6 +179,7 @@ def _backward(ctx, dy):
 
 
 _unit.register_autograd(_backward, setup_context=_setup)
+_call = without_dispatcher(_unit, _setup, _backward)
 
 
 def check_unit(name: str, gate: Tensor, up: Tensor) -> None:

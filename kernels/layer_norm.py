@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .column_sum import column_sum
-from .dispatch import current_backend, runs_kernel
+from .dispatch import current_backend, runs_kernel, without_dispatcher
 from .launch import as_rows, cdiv, configuration, convert, jit, launch, next_power_of_two, tl
 
 MAX_WIDTH = 8192  # a program holds whole rows in registers
@@ -39,7 +39,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return layer_norm_reference(x, weight, bias, eps)
     if implementation == "liger":
         return _liger(x, weight, bias, eps)
-    return _layer_norm(x, weight, bias, eps, implementation)[0]
+    return _call(x, weight, bias, eps, implementation)[0]
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -191,6 +191,7 @@ def _backward(ctx, dy, _, __):
 
 
 _layer_norm.register_autograd(_backward, setup_context=_setup)
+_call = without_dispatcher(_layer_norm, _setup, _backward)
 
 
 def _liger(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

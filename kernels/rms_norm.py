@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .column_sum import column_sum
-from .dispatch import current_backend, runs_kernel
+from .dispatch import current_backend, runs_kernel, without_dispatcher
 from .launch import as_rows, cdiv, configuration, convert, jit, launch, next_power_of_two, tl
 
 MAX_WIDTH = 8192  # a program holds whole rows in registers
@@ -44,7 +44,7 @@ def rms_norm(
     elif implementation == "liger" and residual is None:
         return _liger(x, weight, eps, cast)
     else:
-        y, total, _ = _rms_norm(x, residual, weight, eps, cast == "before", implementation)
+        y, total, _ = _call(x, residual, weight, eps, cast == "before", implementation)
     return y if residual is None else (y, total)
 
 
@@ -217,6 +217,7 @@ def _backward(ctx, dy, dtotal, _):
 
 
 _rms_norm.register_autograd(_backward, setup_context=_setup)
+_call = without_dispatcher(_rms_norm, _setup, _backward)
 
 
 def _liger(x: Tensor, weight: Tensor, eps: float, cast: str) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .column_sum import column_sum
-from .dispatch import current_backend, runs_kernel
+from .dispatch import current_backend, runs_kernel, without_dispatcher
 from .launch import cdiv, configuration, convert, jit, launch, next_power_of_two, tl
 
 MAX_HEAD_DIM = 512  # a program holds whole heads in registers
@@ -48,7 +48,7 @@ def rotary(x_THD: Tensor, cos: Tensor, sin: Tensor, norm_weight: Tensor | None =
     implementation = current_backend(x_THD)
     if implementation == "reference":
         return rotary_reference(x_THD, cos, sin, norm_weight, eps)
-    return _rotary(x_THD, cos, sin, norm_weight, eps, implementation)
+    return _call(x_THD, cos, sin, norm_weight, eps, implementation)
 
 
 def rotary_reference(x_THD: Tensor, cos: Tensor, sin: Tensor, norm_weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -289,3 +289,4 @@ def _backward(ctx, dy):
 
 
 _rotary.register_autograd(_backward, setup_context=_setup)
+_call = without_dispatcher(_rotary, _setup, _backward)

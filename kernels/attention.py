@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .attention_blocks import BlockPlan, attention_blocks, block_plan
 from .attention_kernels import launch_backward, launch_forward, max_head_dim
+from .checks import check_scales
 from .dispatch import current_backend, is_abstract, runs_kernel
 
 
@@ -208,6 +209,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, kv_start: Tensor, kv_end: Tensor, sc
         )
     if kv_start.shape != q.shape[:1] or kv_end.shape != q.shape[:1]:
         raise ValueError(f"attention: kv_start {tuple(kv_start.shape)} and kv_end {tuple(kv_end.shape)} must be [{q.shape[0]}]")
-    for name, value in (("scale", scale), ("softcap", softcap)):
-        if value is not None and not value > 0:
-            raise ValueError(f"attention: {name} is {value}; it must be greater than 0")
+    check_scales("attention", scale=scale, softcap=softcap)

@@ -1,8 +1,9 @@
 """The Triton kernels of :mod:`smalt.kernels.attention`, which has the formulas: forward, dq, and dk with dv.
 
-Each walks the blocks that its tile sees in three runs: masked, whole, masked. A tile that holds several documents walks them one
-by one, all masked. A head dim that is no power of two is cut in two parts, D1 + D2 (72 = 64 + 16, of which 8 are used), instead
-of being padded to the next one. Strides along the walk are constants, so that a loop has one address for all its loads.
+Each walks the blocks that its tile sees in three runs: from first to a masked, to b whole, to stop masked. A tile that holds several
+documents walks them one by one, all masked. A head dim that is no power of two is cut in two parts, D1 + D2 (72 = 64 + 16, of which
+8 are used), instead of being padded to the next one. Strides along the walk are constants, so that a loop has one address for all
+its loads.
 """
 
 from __future__ import annotations
@@ -12,7 +13,21 @@ import math
 import torch
 from torch import Tensor
 
-from .launch import INTERPRET, cdiv, configuration, constexpr, convert, dot, jit, launch, next_power_of_two, precision, tl
+from .launch import (
+    INTERPRET,
+    cdiv,
+    configuration,
+    constexpr,
+    convert,
+    dot,
+    jit,
+    launch,
+    next_power_of_two,
+    precision,
+    tanh,
+    tl,
+    unit_stride,
+)
 
 LOG2E = constexpr(1.4426950408889634)
 LN2 = constexpr(0.6931471805599453)
@@ -76,10 +91,12 @@ def _sees(i, start, length):
 
 
 @jit
-def _score(product, scale, softcap, SOFTCAP: tl.constexpr):
+def _score(product, scale, softcap, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
     """z in units of which the base of the exponential is 2, still to be multiplied by :func:`_unit`."""
     if SOFTCAP:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1), which holds for large x of either sign too; its error is one rounding of the cap, not of x.
+        if DTYPE == tl.float32:
+            return softcap * LOG2E * tanh(product * (scale / softcap))
+        # Fewer instructions, and wrong by one rounding of the cap instead of one of the score, which 16 bits do not show.
         return softcap * LOG2E * (1.0 - 2.0 / (tl.exp2(product * (scale / softcap * 2.0 * LOG2E)) + 1.0))
     return product
 
@@ -103,7 +120,7 @@ def forward_step(
     z = dot(q1, tl.trans(load_part(k, k_row, inside, 0, D1, D, MASKED)), z, PRECISION)
     if D2:
         z = dot(q2, tl.trans(load_part(k, k_row, inside, D1, D2, D, MASKED)), z, PRECISION)
-    z = _score(z, scale, softcap, SOFTCAP)
+    z = _score(z, scale, softcap, SOFTCAP, k.dtype.element_ty)
     if MASKED:
         z = tl.where(_sees(key[None, :], start[:, None], length[:, None]), z, float("-inf"))
     unit = _unit(scale, SOFTCAP)
@@ -141,18 +158,12 @@ def _forward_kernel(
     document = tl.min(origin)
     while document < NO_DOCUMENT:
         first, a, b, stop, length = _walk(start, end, origin, document, BLOCK_N)
-        for n in range(first, a, BLOCK_N):
-            m, l, acc1, acc2 = forward_step(
-                n, q1, q2, k, v, start, length, stop, m, l, acc1, acc2, scale, softcap,
-                K_STRIDE, V_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, True)  # fmt: skip
-        for n in range(a, b, BLOCK_N):
-            m, l, acc1, acc2 = forward_step(
-                n, q1, q2, k, v, start, length, stop, m, l, acc1, acc2, scale, softcap,
-                K_STRIDE, V_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, False)  # fmt: skip
-        for n in range(b, stop, BLOCK_N):
-            m, l, acc1, acc2 = forward_step(
-                n, q1, q2, k, v, start, length, stop, m, l, acc1, acc2, scale, softcap,
-                K_STRIDE, V_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, True)  # fmt: skip
+        borders = (first, a, b, stop)
+        for run in tl.static_range(3):
+            for n in range(borders[run], borders[run + 1], BLOCK_N):
+                m, l, acc1, acc2 = forward_step(
+                    n, q1, q2, k, v, start, length, stop, m, l, acc1, acc2, scale, softcap,
+                    K_STRIDE, V_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, run != 1)  # fmt: skip
         document = _next_document(origin, document)
     seen = l != 0  # NaN was seen
     norm = tl.where(seen, l, 1.0)
@@ -164,9 +175,9 @@ def _forward_kernel(
 
 
 @jit
-def _gradient(z, dp, lse, delta, sees, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+def _gradient(z, dp, lse, delta, sees, scale, softcap, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr, MASKED: tl.constexpr):
     """P, and the gradient of the products, of a tile of products z and of dP; lse in units of base 2."""
-    z = _score(z, scale, softcap, SOFTCAP)
+    z = _score(z, scale, softcap, SOFTCAP, DTYPE)
     p = tl.exp2(z * _unit(scale, SOFTCAP) - lse)
     if MASKED:
         p = tl.where(sees, p, 0.0)
@@ -195,7 +206,7 @@ def _dq_step(
         z = dot(q2, tl.trans(k2), z, PRECISION)
         dp = dot(do2, tl.trans(load_part(v, v_row, inside, D1, D2, D, MASKED)), dp, PRECISION)
     sees = _sees(key[None, :], start[:, None], length[:, None])
-    _, dz = _gradient(z, dp, lse[:, None], delta[:, None], sees, scale, softcap, SOFTCAP, MASKED)
+    _, dz = _gradient(z, dp, lse[:, None], delta[:, None], sees, scale, softcap, SOFTCAP, k.dtype.element_ty, MASKED)
     dz = convert(dz, k.dtype.element_ty)
     dq1 = dot(dz, k1, dq1, PRECISION)
     if D2:
@@ -235,18 +246,12 @@ def _dq_kernel(
     document = tl.min(origin)
     while document < NO_DOCUMENT:
         first, a, b, stop, length = _walk(start, end, origin, document, BLOCK_N)
-        for n in range(first, a, BLOCK_N):
-            dq1, dq2 = _dq_step(
-                n, q1, q2, do1, do2, k, v, start, length, stop, row_lse, drop, dq1, dq2, scale, softcap,
-                K_STRIDE, V_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, True)  # fmt: skip
-        for n in range(a, b, BLOCK_N):
-            dq1, dq2 = _dq_step(
-                n, q1, q2, do1, do2, k, v, start, length, stop, row_lse, drop, dq1, dq2, scale, softcap,
-                K_STRIDE, V_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, False)  # fmt: skip
-        for n in range(b, stop, BLOCK_N):
-            dq1, dq2 = _dq_step(
-                n, q1, q2, do1, do2, k, v, start, length, stop, row_lse, drop, dq1, dq2, scale, softcap,
-                K_STRIDE, V_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, True)  # fmt: skip
+        borders = (first, a, b, stop)
+        for run in tl.static_range(3):
+            for n in range(borders[run], borders[run + 1], BLOCK_N):
+                dq1, dq2 = _dq_step(
+                    n, q1, q2, do1, do2, k, v, start, length, stop, row_lse, drop, dq1, dq2, scale, softcap,
+                    K_STRIDE, V_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, run != 1)  # fmt: skip
         document = _next_document(origin, document)
     store_part(dq, out_row, inside, dq1 * scale, 0, D1, D)
     if D2:
@@ -273,7 +278,7 @@ def _dkv_step(
     row_lse = tl.load(lse + t, mask=inside, other=0.0) if MASKED else tl.load(lse + t)
     drop = tl.load(delta + t, mask=inside, other=0.0) if MASKED else tl.load(delta + t)
     sees = _sees(t[None, :], start[:, None], length[:, None])
-    p, dz = _gradient(z, dp, row_lse[None, :], drop[None, :], sees, scale, softcap, SOFTCAP, MASKED)
+    p, dz = _gradient(z, dp, row_lse[None, :], drop[None, :], sees, scale, softcap, SOFTCAP, q.dtype.element_ty, MASKED)
     p, dz = convert(p, q.dtype.element_ty), convert(dz, q.dtype.element_ty)
     dv1 = dot(p, do1, dv1, PRECISION)
     dk1 = dot(dz, q1, dk1, PRECISION)
@@ -310,18 +315,12 @@ def _dkv_kernel(
         document = tl.min(origin)
         while document < NO_DOCUMENT:
             first, a, b, stop, length = _walk(start, end, origin, document, BLOCK_M)
-            for m in range(first, a, BLOCK_M):
-                dk1, dk2, dv1, dv2 = _dkv_step(
-                    m, k1, k2, v1, v2, q_head, do_head, lse, delta, start, length, stop, dk1, dk2, dv1, dv2, scale, softcap,
-                    Q_STRIDE, DO_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, True)  # fmt: skip
-            for m in range(a, b, BLOCK_M):
-                dk1, dk2, dv1, dv2 = _dkv_step(
-                    m, k1, k2, v1, v2, q_head, do_head, lse, delta, start, length, stop, dk1, dk2, dv1, dv2, scale, softcap,
-                    Q_STRIDE, DO_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, False)  # fmt: skip
-            for m in range(b, stop, BLOCK_M):
-                dk1, dk2, dv1, dv2 = _dkv_step(
-                    m, k1, k2, v1, v2, q_head, do_head, lse, delta, start, length, stop, dk1, dk2, dv1, dv2, scale, softcap,
-                    Q_STRIDE, DO_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, True)  # fmt: skip
+            borders = (first, a, b, stop)
+            for run in tl.static_range(3):
+                for m in range(borders[run], borders[run + 1], BLOCK_M):
+                    dk1, dk2, dv1, dv2 = _dkv_step(
+                        m, k1, k2, v1, v2, q_head, do_head, lse, delta, start, length, stop, dk1, dk2, dv1, dv2, scale, softcap,
+                        Q_STRIDE, DO_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, run != 1)  # fmt: skip
             document = _next_document(origin, document)
     dk_row = (n.to(tl.int64) * tl.num_programs(1) + kv_head) * D
     store_part(dk, dk_row, inside, dk1 * scale, 0, D1, D)
@@ -418,11 +417,6 @@ def aligned(*strides: int) -> tuple[int, tuple[int, ...]]:
     """
     align = math.gcd(16, *strides)
     return align, tuple(s // align for s in strides)
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """x, copied if its last dim does not lie together."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def constants(q: Tensor, softcap: float) -> dict[str, object]:

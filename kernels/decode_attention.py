@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention_kernels import LN2, LOG2E, aligned, constants, forward_step, load_part, max_head_dim, store_part, unit_stride
+from .attention_kernels import LN2, LOG2E, aligned, constants, forward_step, load_part, max_head_dim, store_part
+from .checks import check_scales
 from .dispatch import current_backend, runs_kernel
-from .launch import cdiv, configuration, convert, jit, launch, next_power_of_two, tl
+from .launch import cdiv, configuration, convert, jit, launch, next_power_of_two, tl, unit_stride
 
 
 def decode_attention(
@@ -31,9 +32,7 @@ def decode_attention(
             f"decode_attention: q {tuple(q_BHD.shape)}, k {tuple(k_BLKD.shape)}, v {tuple(v_BLKD.shape)} and lengths "
             f"{tuple(lengths.shape)} do not fit; expected [B, H, D], [B, L, K, D] twice and [B], H a multiple of K"
         )
-    for name, value in (("scale", scale), ("softcap", softcap)):
-        if value is not None and not value > 0:
-            raise ValueError(f"decode_attention: {name} is {value}; it must be greater than 0")
+    check_scales("decode_attention", scale=scale, softcap=softcap)
     scale = D**-0.5 if scale is None else scale
     implementation = current_backend(q_BHD)
     if implementation == "reference":

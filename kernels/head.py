@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .checks import check_scales
 from .dispatch import is_abstract
-from .launch import cdiv, dot, jit, tl
+from .launch import cdiv, dot, jit, tanh, tl
 
 IGNORE = -100  # the label of a row that has none
 # Logits in memory at a time without the kernels, in elements: 16 MiB of fp32.
@@ -47,13 +48,6 @@ def check_labels(name: str, labels: Tensor, vocabulary: int) -> bool:
         row = int(outside.nonzero()[0])
         raise ValueError(f"{name}: the label of row {row} is {int(labels[row])}; expected 0 to {vocabulary - 1}, or {IGNORE}")
     return True
-
-
-def check_scales(name: str, **scales: float | None) -> None:
-    """Raises ValueError for a scale that is neither None nor positive."""
-    for what, value in scales.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: {what} is {value}; it must be positive")
 
 
 def head_logits(hidden_TD: Tensor, weight_VD: Tensor, temperature: float, softcap: float | None) -> Tensor:
@@ -170,16 +164,6 @@ def place(num_rows, num_parts, BLOCK_T: tl.constexpr, GROUP: tl.constexpr):
     inside = tl.program_id(0) % (GROUP * num_parts)
     size = tl.minimum(tl.cdiv(num_rows, BLOCK_T) - group * GROUP, GROUP)
     return (group * GROUP + inside % size).to(tl.int64), inside // size
-
-
-@jit
-def tanh(x):
-    """Core Triton has none. Near 0 the quotient would lose its digits, the series (to x^9) has them all."""
-    e = tl.exp(-2.0 * tl.abs(x))
-    quotient = tl.where(x < 0, e - 1.0, 1.0 - e) / (1.0 + e)
-    s = x * x
-    series = x * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))))
-    return tl.where(s < 0.0625, series, quotient)
 
 
 @jit

@@ -65,6 +65,16 @@ def convert(x, DTYPE: tl.constexpr):
     return x.to(DTYPE)
 
 
+@jit
+def tanh(x):
+    """Core Triton has none. Near 0 the quotient would lose its digits, the series (to x^9) has them all."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    quotient = tl.where(x < 0, e - 1.0, 1.0 - e) / (1.0 + e)
+    s = x * x
+    series = x * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))))
+    return tl.where(s < 0.0625, series, quotient)
+
+
 def precision(dtype: torch.dtype) -> str:
     """How products of fp32 are formed: exactly, unless torch was told that TF32 is good enough."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -201,7 +211,11 @@ def observing(observer: Callable[[str, Config], None]) -> Iterator[None]:
 
 def as_rows(x: Tensor) -> Tensor:
     """x [..., D] as a matrix [rows, D] whose rows are contiguous each; a view where the strides allow one."""
-    x = x.reshape(-1, x.shape[-1])
+    return unit_stride(x.reshape(-1, x.shape[-1]))
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x, copied if its last dim does not lie together."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_scales
 from .dispatch import KERNEL_DTYPES, current_backend, runs_kernel
 from .head import (
     backward_by_rows,
     backward_by_words,
     cast_as_autocast_does,
-    check_scales,
     chunk_of_words,
     halves,
     head_logits,

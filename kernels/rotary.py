@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .column_sum import column_sum
 from .dispatch import current_backend, runs_kernel, without_dispatcher
-from .launch import cdiv, configuration, convert, jit, launch, next_power_of_two, tl
+from .launch import cdiv, configuration, convert, jit, launch, next_power_of_two, tl, unit_stride
 
 MAX_HEAD_DIM = 512  # a program holds whole heads in registers
 
@@ -244,14 +244,10 @@ def _inverse(x: Tensor, eps: float) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def _heads(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @torch.library.custom_op("smalt::rotary", mutates_args=())
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor, norm_weight: Tensor | None, eps: float, implementation: str) -> Tensor:
     rotate = launch_rotate if runs_kernel(implementation, x, MAX_HEAD_DIM) else torch_rotate
-    return rotate(_heads(x), cos.contiguous(), sin.contiguous(), norm_weight, eps, False)
+    return rotate(unit_stride(x), cos.contiguous(), sin.contiguous(), norm_weight, eps, False)
 
 
 @_rotary.register_fake
@@ -267,9 +263,9 @@ def _rotary_backward(
     kernel, cos, sin = runs_kernel(implementation, dy, MAX_HEAD_DIM), cos.contiguous(), sin.contiguous()
     if x is None or norm_weight is None:
         rotate = launch_rotate if kernel else torch_rotate
-        return rotate(_heads(dy), cos, sin, None, eps, True), dy.new_empty(0)
+        return rotate(unit_stride(dy), cos, sin, None, eps, True), dy.new_empty(0)
     backward = launch_norm_backward if kernel else torch_norm_backward
-    return backward(_heads(dy), _heads(x), cos, sin, norm_weight, eps)
+    return backward(unit_stride(dy), unit_stride(x), cos, sin, norm_weight, eps)
 
 
 @_rotary_backward.register_fake

@@ -24,7 +24,7 @@ MIXED = pack_intervals([[(20, CAUSAL), (19, IMAGE), (9, CAUSAL)], [(1, CAUSAL)],
 layouts = st.fixed_dictionaries(
     {
         "heads": st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 2)]),
-        "D": st.sampled_from([8, 16, 16, 24]),
+        "D": st.sampled_from([1, 8, 16, 16, 24]),
         "dtype": st.sampled_from(DTYPES),
         "layout": st.sampled_from(["contiguous", "heads", "strided", "packed"]),
         "seed": st.integers(0, 99),
@@ -111,11 +111,32 @@ def test_head_dims_obey_the_rule(check_rule, device, D, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("size", "given"),
-    [(10.0, {"softcap": 30.0}), (100.0, {"softcap": 5.0}), (4.0, {"scale": 2.0}), (1.0, {"scale": 1e-4}), (0.0, {})],
+    [
+        (10.0, {"softcap": 30.0}),
+        (100.0, {"softcap": 5.0}),
+        (1.0, {"softcap": 1000.0}),
+        (4.0, {"scale": 2.0}),
+        (1.0, {"scale": 1e-4}),
+        (0.0, {}),
+    ],
 )
 def test_scores_of_any_size_obey_the_rule(check_rule, device, size, given, dtype):
     q, k, v, _ = tensors(len(MIXED[0]), len(MIXED[0]), (2, 1), 16, dtype)
     check_rule(attention_over(on(device, MIXED), return_lse=True, **given), on(device, (size * q, k, v)))
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="known: of fp32 scores of several hundred, more rounding than twice torch's is seen")
+def test_very_large_scores_obey_the_rule(check_rule, device):
+    q, k, v, _ = tensors(len(MIXED[0]), len(MIXED[0]), (2, 1), 16, torch.float32)
+    check_rule(attention_over(on(device, MIXED), return_lse=True, scale=5.0), on(device, (6.0 * q, k, v)))
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="known: with one column delta is formed of one rounded output, and nothing averages it")
+def test_one_column_obeys_the_rule(check_rule, device):
+    q, k, v, _ = tensors(13, 59, heads=(1, 1), D=1, dtype=torch.float16, layout="contiguous", seed=13)
+    check_rule(attention_over(on(device, rising_bounds(13, 59, 270)), scale=0.1, softcap=30.0), on(device, (q, k, v)))
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from .linear_distillation import linear_distillation
 from .linear_statistics import IGNORE, HeadStatistics, linear_statistics, merge_statistics
 from .matmul import matmul
 from .policy_loss import (
+    FORCED,
+    SAMPLED,
     PolicyLossOptions,
     PolicyMetrics,
     loss_denominator,
@@ -26,7 +28,9 @@ from .swiglu import swiglu, swiglu_packed
 
 __all__ = [
     "BACKENDS",
+    "FORCED",
     "IGNORE",
+    "SAMPLED",
     "AdamW",
     "AttentionPlan",
     "HeadStatistics",

@@ -71,17 +71,21 @@ def runs_kernel(implementation: str, x: Tensor, max_width: int | None = None) ->
     return implementation in ("triton", "liger") and (max_width is None or x.shape[-1] <= max_width)
 
 
-def without_dispatcher(operator: Any, setup: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator of torch.library as a plain autograd function, for numbers on a CPU: small tensors feel the dispatcher's 40 us.
+def without_dispatcher(operator: Any, compute: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """An operator of torch.library as a plain autograd function where there are numbers on a CPU: small tensors feel the dispatcher.
 
-    setup, backward: what the operator's autograd is registered with. Where nothing is traced the two compute the same.
+    compute, setup, backward: what the operator and its autograd are registered with, so that both compute the same. The first
+    argument is a tensor, the last the implementation.
     """
-    members = {"forward": staticmethod(operator._init_fn), "setup_context": staticmethod(setup), "backward": staticmethod(backward)}
-    plain: Any = type(operator._name, (torch.autograd.Function,), members)
+    plain: Any = type(
+        compute.__name__,
+        (torch.autograd.Function,),
+        {"forward": staticmethod(compute), "setup_context": staticmethod(setup), "backward": staticmethod(backward)},
+    )
 
     def call(*args: Any) -> Any:
-        x, implementation = args[0], args[-1]
-        return (plain.apply if implementation == "torch" and not is_abstract(x) else operator)(*args)
+        eager = args[-1] == "torch" and not is_abstract(args[0])
+        return plain.apply(*args) if eager else operator(*args)
 
     return call
 

@@ -136,11 +136,13 @@ def _split(gate: Tensor, up: Tensor | None, packed: bool) -> tuple[Tensor, Tenso
     return _halves(gate) if packed else (gate, None if up is None else as_rows(up))
 
 
-@torch.library.custom_op("smalt::activation_unit", mutates_args=())
-def _unit(gate: Tensor, up: Tensor | None, activation: str, packed: bool, implementation: str) -> Tensor:
+def _compute(gate: Tensor, up: Tensor | None, activation: str, packed: bool, implementation: str) -> Tensor:
     forward = launch_forward if runs_kernel(implementation, gate) else torch_forward
     y = forward(*_split(gate, up, packed), activation)
     return y.view(*gate.shape[:-1], y.shape[-1])
+
+
+_unit = torch.library.custom_op("smalt::activation_unit", mutates_args=())(_compute)
 
 
 @_unit.register_fake
@@ -179,7 +181,7 @@ def _backward(ctx, dy):
 
 
 _unit.register_autograd(_backward, setup_context=_setup)
-_call = without_dispatcher(_unit, _setup, _backward)
+_call = without_dispatcher(_unit, _compute, _setup, _backward)
 
 
 def check_unit(name: str, gate: Tensor, up: Tensor) -> None:

@@ -147,11 +147,13 @@ def torch_backward(
     return dx.to(x.dtype), torch.stack([dw, db]).to(sum_dtype)
 
 
-@torch.library.custom_op("smalt::layer_norm", mutates_args=())
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
+def _compute(x: Tensor, weight: Tensor, bias: Tensor, eps: float, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
     forward = launch_forward if runs_kernel(implementation, x, MAX_WIDTH) else torch_forward
     y, mean, inverse = forward(as_rows(x), weight, bias, eps)
     return y.view(x.shape), mean, inverse
+
+
+_layer_norm = torch.library.custom_op("smalt::layer_norm", mutates_args=())(_compute)
 
 
 @_layer_norm.register_fake
@@ -191,7 +193,7 @@ def _backward(ctx, dy, _, __):
 
 
 _layer_norm.register_autograd(_backward, setup_context=_setup)
-_call = without_dispatcher(_layer_norm, _setup, _backward)
+_call = without_dispatcher(_layer_norm, _compute, _setup, _backward)
 
 
 def _liger(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

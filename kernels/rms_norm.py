@@ -171,13 +171,15 @@ def torch_backward(
     return ds.to(s.dtype), (g * (n.to(s.dtype) if cast_before else n)).sum(0).to(weight.dtype)
 
 
-@torch.library.custom_op("smalt::rms_norm", mutates_args=())
-def _rms_norm(
+def _compute(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cast_before: bool, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     forward = launch_forward if runs_kernel(implementation, x, MAX_WIDTH) else torch_forward
     y, total, inverse = forward(as_rows(x), None if residual is None else as_rows(residual), weight, eps, cast_before)
     return y.view(x.shape), total if residual is None else total.view(x.shape), inverse
+
+
+_rms_norm = torch.library.custom_op("smalt::rms_norm", mutates_args=())(_compute)
 
 
 @_rms_norm.register_fake
@@ -217,7 +219,7 @@ def _backward(ctx, dy, dtotal, _):
 
 
 _rms_norm.register_autograd(_backward, setup_context=_setup)
-_call = without_dispatcher(_rms_norm, _setup, _backward)
+_call = without_dispatcher(_rms_norm, _compute, _setup, _backward)
 
 
 def _liger(x: Tensor, weight: Tensor, eps: float, cast: str) -> Tensor:

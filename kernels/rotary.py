@@ -244,10 +244,12 @@ def _inverse(x: Tensor, eps: float) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-@torch.library.custom_op("smalt::rotary", mutates_args=())
-def _rotary(x: Tensor, cos: Tensor, sin: Tensor, norm_weight: Tensor | None, eps: float, implementation: str) -> Tensor:
+def _compute(x: Tensor, cos: Tensor, sin: Tensor, norm_weight: Tensor | None, eps: float, implementation: str) -> Tensor:
     rotate = launch_rotate if runs_kernel(implementation, x, MAX_HEAD_DIM) else torch_rotate
     return rotate(unit_stride(x), cos.contiguous(), sin.contiguous(), norm_weight, eps, False)
+
+
+_rotary = torch.library.custom_op("smalt::rotary", mutates_args=())(_compute)
 
 
 @_rotary.register_fake
@@ -285,4 +287,4 @@ def _backward(ctx, dy):
 
 
 _rotary.register_autograd(_backward, setup_context=_setup)
-_call = without_dispatcher(_rotary, _setup, _backward)
+_call = without_dispatcher(_rotary, _compute, _setup, _backward)

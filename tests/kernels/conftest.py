@@ -12,9 +12,7 @@ import torch
 
 from smalt.kernels import backend
 from smalt.kernels.launch import INTERPRET
-
-# What may be added to twice torch's own error: rounding of the fp32 sums inside, in units of the tensor.
-FLOOR = {torch.float32: 1e-6, torch.float16: 5e-5, torch.bfloat16: 4e-4}
+from smalt.profiling.kernels.bench_gate import FLOOR, errors
 
 
 @pytest.fixture(scope="session")
@@ -47,25 +45,6 @@ def outputs_and_gradients(function, inputs, seed=0):
         return [y.detach() for y in outputs], []
     gradients = torch.autograd.grad(differentiable, wanted, upstream, allow_unused=True)
     return [y.detach() for y in outputs], list(gradients)
-
-
-def errors(got, want, smallest=0.0):
-    """Relative RMS error and relative largest error; infinities must agree, and NaN is an error of infinity.
-
-    smallest: what the error is at least measured against.
-    """
-    got, want = got.double(), want.double()
-    assert got.shape == want.shape, f"{tuple(got.shape)} is not {tuple(want.shape)}"
-    finite = want.isfinite()
-    if got.isnan().any() or not torch.equal(got[~finite], want[~finite]):
-        return float("inf"), float("inf")
-    difference, want = (got - want)[finite], want[finite]
-    if not difference.numel() or not difference.any():
-        return 0.0, 0.0
-    rms, largest = want.square().mean().sqrt().item(), want.abs().max().item()
-    return difference.square().mean().sqrt().item() / max(rms, smallest, 1e-30), difference.abs().max().item() / max(
-        largest, smallest, 1e-30
-    )
 
 
 @pytest.fixture(scope="session")

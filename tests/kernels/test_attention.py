@@ -405,7 +405,7 @@ def test_wrong_arguments_are_named(name):
                 attention(x, x, x, kv_start, kv_end)
             assert all(str(tuple(t.shape)) in str(raised.value) for t in (kv_start, kv_end))
         for given in ({"scale": 0.0}, {"scale": -1.0}, {"softcap": 0.0}, {"softcap": float("nan")}):
-            with pytest.raises(ValueError, match=rf"{next(iter(given))} is .* greater than 0"):
+            with pytest.raises(ValueError, match=rf"{next(iter(given))} is .* positive"):
                 attention(x, x, x, bounds, bounds, **given)
 
 

@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, read from the binary on a machine without a GPU: ``smalt kernels check``.
+"""The kernels, looked at from outside: ``smalt kernels check | configure | traffic`` without a GPU, ``smalt bench kernels`` with one.
 
 cases.py         what to compile: each operation at the shapes of the 3B model
 others.py        the same operations in Liger and flash-linear-attention
@@ -9,4 +9,8 @@ chips.py         limits and rates of the chips
 worker.py        the process that compiles
 check.py         the table, and what may not get worse
 report.py        the table, to read
+launch_model.py  tiles, warps and stages by a model of each chip
+configure.py     the model's choices, confirmed by the compiler, into the launch tables
+traffic.py       bytes loaded and stored, counted in the interpreter
+bench*.py        correctness on a GPU, then times beside other libraries
 """

@@ -219,6 +219,20 @@ def configure(
         print(*(f"written  {path}" for path in write_rows(rows)), sep="\n")
 
 
+@compiled.command
+def tune(kernel: str | None = None, candidates: int = 8, write: bool = False) -> None:
+    """Time launch configurations on this machine's GPU, those that ship against the model's best guesses.
+
+    Args:
+        kernel: Only this kernel.
+        candidates: Guesses of the model that are tried for each row.
+        write: Write what is faster into the launch tables, row by row.
+    """
+    from smalt.profiling.kernels.tune import tune_kernels
+
+    tune_kernels(kernel, candidates, write)
+
+
 def main() -> int:
     try:
         app.cli(prog="smalt", description=__doc__)

@@ -20,13 +20,13 @@ a pack and whatever lies beside it, as long as that is finite: a row takes 0 tim
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from .attention_blocks import BlockPlan, attention_blocks, block_plan
-from .attention_kernels import launch_backward, launch_forward, max_head_dim
+from .attention_kernels import MAX_HEAD_DIM, launch_backward, launch_forward
 from .checks import check_scales
 from .dispatch import current_backend, is_abstract, runs_kernel
 
@@ -49,6 +49,16 @@ class AttentionPlan(NamedTuple):
     blocks: BlockPlan | None
 
 
+@overload
+def attention(
+    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, kv_start: Tensor, kv_end: Tensor,
+    scale: float | None = None, plan: AttentionPlan | None = None, softcap: float | None = None, return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, kv_start: Tensor, kv_end: Tensor,
+    scale: float | None = None, plan: AttentionPlan | None = None, softcap: float | None = None, *, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q_THD: Tensor,
     k_SKD: Tensor,
@@ -59,7 +69,7 @@ def attention(
     plan: AttentionPlan | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of T query rows over one interval each of S keys; differentiable in q, k and v.
 
     q_THD: [T, H, D]; k_SKD, v_SKD: [S, K, D] with H a multiple of K, of any strides; kv_start, kv_end: integer [T], both
@@ -68,7 +78,7 @@ def attention(
     scores, [T, H] in at least fp32, -inf for an empty row, differentiable as well. ``plan``: what :func:`attention_plan` made of these
     bounds, where several layers share them. Rows and keys need not be those of one sequence: a shard's rows over gathered keys,
     or over a chunk of keys with the bounds clamped to it, give what :func:`merge_attention` puts together.
-    On a GPU fp32, and head dims above 256, run in plain torch. Raises ValueError when the shapes do not fit, or for a scale or
+    Head dims above 256 run in plain torch. Raises ValueError when the shapes do not fit, or for a scale or
     softcap that is not positive.
     """
     _check(q_THD, k_SKD, v_SKD, kv_start, kv_end, scale, softcap)
@@ -152,7 +162,7 @@ def attention_reference(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, keys: Tensor, scale: float, softcap: float, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    if runs_kernel(implementation, q, max_head_dim(q.element_size())):
+    if runs_kernel(implementation, q, MAX_HEAD_DIM):
         return launch_forward(q, k, v, rows, scale, softcap)
     out, lse = attention_blocks(q, k, v, block_plan(rows[0], rows[1]), scale, softcap or None, True)
     return out.contiguous(), lse.T.contiguous()
@@ -169,7 +179,7 @@ def _attention_backward(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, keys: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
     scale: float, softcap: float, implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if runs_kernel(implementation, q, max_head_dim(q.element_size())):
+    if runs_kernel(implementation, q, MAX_HEAD_DIM):
         return launch_backward(q, k, v, rows, keys, out, lse, dout, dlse, scale, softcap)
     # Inside an operator autograd records nothing; vjp does.
     plan = block_plan(rows[0], rows[1])

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .launch import (
-    INTERPRET,
     cdiv,
     configuration,
     constexpr,
@@ -29,6 +28,7 @@ from .launch import (
     unit_stride,
 )
 
+MAX_HEAD_DIM = 256
 LOG2E = constexpr(1.4426950408889634)
 LN2 = constexpr(0.6931471805599453)
 NO_DOCUMENT = constexpr(2**31 - 1)
@@ -52,6 +52,40 @@ def load_part(x, row, inside, first: tl.constexpr, WIDTH: tl.constexpr, D: tl.co
 def store_part(x, row, inside, value, first: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     d = first + tl.arange(0, WIDTH)
     tl.store(x + row[:, None] + d[None, :], convert(value, x.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+
+
+@jit
+def _product(
+    x1, x2, x, x_row, x_inside, y1, y2, y, y_row, y_inside, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
+    CUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """[M, N] products of the rows of two tiles, of which the parts are there (x1, x2; y1, y2).
+
+    With CUT they are read again, so many columns at a time: exact products of fp32 are unrolled, and those of whole heads would
+    need more operands at once than there are registers.
+    """
+    z = tl.zeros([M, N], tl.float32)
+    if CUT:
+        for first in range(0, D, CUT):
+            z = dot(_load_cut(x, x_row, x_inside, first, CUT, D, True),
+                    tl.trans(_load_cut(y, y_row, y_inside, first, CUT, D, MASKED)), z, PRECISION)  # fmt: skip
+    else:
+        z = dot(x1, tl.trans(y1), z, PRECISION)
+        if D2:
+            z = dot(x2, tl.trans(y2), z, PRECISION)
+    return z
+
+
+@jit
+def _load_cut(x, row, inside, first, CUT: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """Like load_part, of columns that the compiler does not know."""
+    d = first + tl.arange(0, CUT)
+    pointers = x + row[:, None] + d[None, :]
+    if D % CUT:
+        return tl.load(pointers, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    if MASKED:
+        return tl.load(pointers, mask=inside[:, None], other=0.0)
+    return tl.load(pointers)
 
 
 @jit
@@ -91,42 +125,59 @@ def _sees(i, start, length):
 
 
 @jit
+def _power(x, DTYPE: tl.constexpr):
+    """The exponential, of base 2 for 16 bits, which saves a multiplication; of base e for fp32, where scores of several hundred would
+    lose digits to the change of base, and back."""
+    return tl.exp(x) if DTYPE == tl.float32 else tl.exp2(x)
+
+
+@jit
+def _log2e(DTYPE: tl.constexpr):
+    return 1.0 if DTYPE == tl.float32 else LOG2E
+
+
+@jit
+def log_sum(m, norm, DTYPE: tl.constexpr):
+    """The log-sum-exp, of base e, of a running maximum and sum."""
+    return m + tl.log(norm) if DTYPE == tl.float32 else (m + tl.log2(norm)) * LN2
+
+
+@jit
 def _score(product, scale, softcap, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
-    """z in units of which the base of the exponential is 2, still to be multiplied by :func:`_unit`."""
+    """z in units of the base of the exponential, still to be multiplied by :func:`_unit`."""
     if SOFTCAP:
         if DTYPE == tl.float32:
-            return softcap * LOG2E * tanh(product * (scale / softcap))
+            return softcap * tanh(product * (scale / softcap))
         # Fewer instructions, and wrong by one rounding of the cap instead of one of the score, which 16 bits do not show.
         return softcap * LOG2E * (1.0 - 2.0 / (tl.exp2(product * (scale / softcap * 2.0 * LOG2E)) + 1.0))
     return product
 
 
 @jit
-def _unit(scale, SOFTCAP: tl.constexpr):
-    return 1.0 if SOFTCAP else scale * LOG2E
+def _unit(scale, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
+    return 1.0 if SOFTCAP else scale * _log2e(DTYPE)
 
 
 @jit
 def forward_step(
-    n, q1, q2, k, v, start, length, stop, m, l, acc1, acc2, scale, softcap,
-    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    n, q1, q2, q, q_row, q_inside, k, v, start, length, stop, m, l, acc1, acc2, scale, softcap,
+    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, CUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The keys n .. n + BLOCK_N into the running maximum m, sum l and output of a tile of rows."""
     key = n + tl.arange(0, BLOCK_N)
     inside = key < stop
     k_row, v_row = key.to(tl.int64) * K_STRIDE, key.to(tl.int64) * V_STRIDE
-    z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    z = dot(q1, tl.trans(load_part(k, k_row, inside, 0, D1, D, MASKED)), z, PRECISION)
-    if D2:
-        z = dot(q2, tl.trans(load_part(k, k_row, inside, D1, D2, D, MASKED)), z, PRECISION)
+    k1 = q1 if CUT else load_part(k, k_row, inside, 0, D1, D, MASKED)
+    k2 = load_part(k, k_row, inside, D1, D2, D, MASKED) if D2 and not CUT else k1
+    z = _product(q1, q2, q, q_row, q_inside, k1, k2, k, k_row, inside, BLOCK_M, BLOCK_N, D, D2, CUT, PRECISION, MASKED)
     z = _score(z, scale, softcap, SOFTCAP, k.dtype.element_ty)
     if MASKED:
         z = tl.where(_sees(key[None, :], start[:, None], length[:, None]), z, float("-inf"))
-    unit = _unit(scale, SOFTCAP)
+    unit = _unit(scale, SOFTCAP, k.dtype.element_ty)
     m_new = tl.maximum(m, tl.max(z, 1) * unit)
-    p = tl.exp2(z * unit - m_new[:, None])
-    alpha = tl.exp2(m - m_new)
+    p = _power(z * unit - m_new[:, None], k.dtype.element_ty)
+    alpha = _power(m - m_new, k.dtype.element_ty)
     l = l * alpha + tl.sum(p, 1)
     p = convert(p, v.dtype.element_ty)
     acc1 = dot(p, load_part(v, v_row, inside, 0, D1, D, MASKED), acc1 * alpha[:, None], PRECISION)
@@ -139,7 +190,7 @@ def forward_step(
 def _forward_kernel(
     q, k, v, rows, out, lse, num_rows, groups, scale, softcap, q_strides, k_head_stride, v_head_stride,
     K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    CUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Late rows of a document see most: they go first, and the short ones fill the gaps at the end.
     t = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -162,8 +213,8 @@ def _forward_kernel(
         for run in tl.static_range(3):
             for n in range(borders[run], borders[run + 1], BLOCK_N):
                 m, l, acc1, acc2 = forward_step(
-                    n, q1, q2, k, v, start, length, stop, m, l, acc1, acc2, scale, softcap,
-                    K_STRIDE, V_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, run != 1)  # fmt: skip
+                    n, q1, q2, q, q_row, inside, k, v, start, length, stop, m, l, acc1, acc2, scale, softcap,
+                    K_STRIDE, V_STRIDE, D, D1, D2, CUT, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, run != 1)  # fmt: skip
         document = _next_document(origin, document)
     seen = l != 0  # NaN was seen
     norm = tl.where(seen, l, 1.0)
@@ -171,27 +222,27 @@ def _forward_kernel(
     store_part(out, out_row, inside, acc1 / norm[:, None], 0, D1, D)
     if D2:
         store_part(out, out_row, inside, acc2 / norm[:, None], D1, D2, D)
-    tl.store(lse + head * num_rows + t, tl.where(seen, (m + tl.log2(norm)) * LN2, float("-inf")), mask=inside)
+    tl.store(lse + head * num_rows + t, tl.where(seen, log_sum(m, norm, k.dtype.element_ty), float("-inf")), mask=inside)
 
 
 @jit
 def _gradient(z, dp, lse, delta, sees, scale, softcap, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr, MASKED: tl.constexpr):
-    """P, and the gradient of the products, of a tile of products z and of dP; lse in units of base 2."""
+    """P, and the gradient of the products, of a tile of products z and of dP; lse in units of :func:`_power`."""
     z = _score(z, scale, softcap, SOFTCAP, DTYPE)
-    p = tl.exp2(z * _unit(scale, SOFTCAP) - lse)
+    p = _power(z * _unit(scale, SOFTCAP, DTYPE) - lse, DTYPE)
     if MASKED:
         p = tl.where(sees, p, 0.0)
     dz = p * (dp - delta)
     if SOFTCAP:
-        capped = z / (softcap * LOG2E)
+        capped = z / (softcap * _log2e(DTYPE))
         dz *= 1.0 - capped * capped
     return p, dz
 
 
 @jit
 def _dq_step(
-    n, q1, q2, do1, do2, k, v, start, length, stop, lse, delta, dq1, dq2, scale, softcap,
-    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    n, q1, q2, do1, do2, q, q_row, dout, do_row, q_inside, k, v, start, length, stop, lse, delta, dq1, dq2, scale, softcap,
+    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, CUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """What the keys n .. n + BLOCK_N add to dq / scale of a tile of rows."""
@@ -199,12 +250,11 @@ def _dq_step(
     inside = key < stop
     k_row, v_row = key.to(tl.int64) * K_STRIDE, key.to(tl.int64) * V_STRIDE
     k1 = load_part(k, k_row, inside, 0, D1, D, MASKED)
-    z = dot(q1, tl.trans(k1), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-    dp = dot(do1, tl.trans(load_part(v, v_row, inside, 0, D1, D, MASKED)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-    if D2:
-        k2 = load_part(k, k_row, inside, D1, D2, D, MASKED)
-        z = dot(q2, tl.trans(k2), z, PRECISION)
-        dp = dot(do2, tl.trans(load_part(v, v_row, inside, D1, D2, D, MASKED)), dp, PRECISION)
+    k2 = load_part(k, k_row, inside, D1, D2, D, MASKED) if D2 else k1
+    v1 = do1 if CUT else load_part(v, v_row, inside, 0, D1, D, MASKED)
+    v2 = load_part(v, v_row, inside, D1, D2, D, MASKED) if D2 and not CUT else v1
+    z = _product(q1, q2, q, q_row, q_inside, k1, k2, k, k_row, inside, BLOCK_M, BLOCK_N, D, D2, CUT, PRECISION, MASKED)
+    dp = _product(do1, do2, dout, do_row, q_inside, v1, v2, v, v_row, inside, BLOCK_M, BLOCK_N, D, D2, CUT, PRECISION, MASKED)
     sees = _sees(key[None, :], start[:, None], length[:, None])
     _, dz = _gradient(z, dp, lse[:, None], delta[:, None], sees, scale, softcap, SOFTCAP, k.dtype.element_ty, MASKED)
     dz = convert(dz, k.dtype.element_ty)
@@ -219,7 +269,7 @@ def _dq_kernel(
     q, k, v, rows, out, lse, dout, dlse, terms, dq, num_rows, groups, scale, softcap,
     q_strides, dout_strides, k_head_stride, v_head_stride,
     K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    CUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     t = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)
@@ -235,7 +285,7 @@ def _dq_kernel(
         q2, do2 = load_part(q, q_row, inside, D1, D2, D, True), load_part(dout, do_row, seen, D1, D2, D, True)
         drop += tl.sum(load_part(out, out_row, inside, D1, D2, D, True).to(tl.float32) * do2.to(tl.float32), 1)
     drop -= tl.load(dlse + head * num_rows + t, mask=seen, other=0.0)
-    row_lse = tl.load(lse + head * num_rows + t, mask=inside, other=0.0) * LOG2E
+    row_lse = tl.load(lse + head * num_rows + t, mask=inside, other=0.0) * _log2e(k.dtype.element_ty)
     # What the other kernel needs of each row.
     tl.store(terms + head * num_rows + t, row_lse, mask=inside)
     tl.store(terms + (tl.num_programs(1) + head) * num_rows + t, drop, mask=inside)
@@ -250,8 +300,9 @@ def _dq_kernel(
         for run in tl.static_range(3):
             for n in range(borders[run], borders[run + 1], BLOCK_N):
                 dq1, dq2 = _dq_step(
-                    n, q1, q2, do1, do2, k, v, start, length, stop, row_lse, drop, dq1, dq2, scale, softcap,
-                    K_STRIDE, V_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, run != 1)  # fmt: skip
+                    n, q1, q2, do1, do2, q, q_row, dout, do_row, seen, k, v, start, length, stop, row_lse, drop,
+                    dq1, dq2, scale, softcap,
+                    K_STRIDE, V_STRIDE, D, D1, D2, CUT, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, run != 1)  # fmt: skip
         document = _next_document(origin, document)
     store_part(dq, out_row, inside, dq1 * scale, 0, D1, D)
     if D2:
@@ -260,8 +311,8 @@ def _dq_kernel(
 
 @jit
 def _dkv_step(
-    m, k1, k2, v1, v2, q, dout, lse, delta, start, length, stop, dk1, dk2, dv1, dv2, scale, softcap,
-    Q_STRIDE: tl.constexpr, DO_STRIDE: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    m, k1, k2, v1, v2, k, k_row, v, v_row, k_inside, q, dout, lse, delta, start, length, stop, dk1, dk2, dv1, dv2, scale, softcap,
+    Q_STRIDE: tl.constexpr, DO_STRIDE: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, CUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """What the rows m .. m + BLOCK_M add to dk / scale and dv of a tile of keys. Scores stand transposed, keys by rows."""
@@ -269,12 +320,11 @@ def _dkv_step(
     inside = t < stop
     q_row, do_row = t.to(tl.int64) * Q_STRIDE, t.to(tl.int64) * DO_STRIDE
     q1, do1 = load_part(q, q_row, inside, 0, D1, D, MASKED), load_part(dout, do_row, inside, 0, D1, D, MASKED)
-    z = dot(k1, tl.trans(q1), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
-    dp = dot(v1, tl.trans(do1), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
+    q2, do2 = q1, do1
     if D2:
         q2, do2 = load_part(q, q_row, inside, D1, D2, D, MASKED), load_part(dout, do_row, inside, D1, D2, D, MASKED)
-        z = dot(k2, tl.trans(q2), z, PRECISION)
-        dp = dot(v2, tl.trans(do2), dp, PRECISION)
+    z = _product(k1, k2, k, k_row, k_inside, q1, q2, q, q_row, inside, BLOCK_N, BLOCK_M, D, D2, CUT, PRECISION, MASKED)
+    dp = _product(v1, v2, v, v_row, k_inside, do1, do2, dout, do_row, inside, BLOCK_N, BLOCK_M, D, D2, CUT, PRECISION, MASKED)
     row_lse = tl.load(lse + t, mask=inside, other=0.0) if MASKED else tl.load(lse + t)
     drop = tl.load(delta + t, mask=inside, other=0.0) if MASKED else tl.load(delta + t)
     sees = _sees(t[None, :], start[:, None], length[:, None])
@@ -293,7 +343,7 @@ def _dkv_kernel(
     q, k, v, keys, dout, terms, dk, dv, num_rows, num_keys, groups, scale, softcap,
     k_strides, v_strides, q_head_stride, dout_head_stride,
     Q_STRIDE: tl.constexpr, DO_STRIDE: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    CUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -319,8 +369,9 @@ def _dkv_kernel(
             for run in tl.static_range(3):
                 for m in range(borders[run], borders[run + 1], BLOCK_M):
                     dk1, dk2, dv1, dv2 = _dkv_step(
-                        m, k1, k2, v1, v2, q_head, do_head, lse, delta, start, length, stop, dk1, dk2, dv1, dv2, scale, softcap,
-                        Q_STRIDE, DO_STRIDE, D, D1, D2, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, run != 1)  # fmt: skip
+                        m, k1, k2, v1, v2, k, k_row, v, v_row, inside, q_head, do_head, lse, delta, start, length, stop,
+                        dk1, dk2, dv1, dv2, scale, softcap,
+                        Q_STRIDE, DO_STRIDE, D, D1, D2, CUT, BLOCK_M, BLOCK_N, SOFTCAP, PRECISION, run != 1)  # fmt: skip
             document = _next_document(origin, document)
     dk_row = (n.to(tl.int64) * tl.num_programs(1) + kv_head) * D
     store_part(dk, dk_row, inside, dk1 * scale, 0, D1, D)
@@ -336,9 +387,10 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, scale: float, 
     q, k, v = (unit_stride(x) for x in (q, k, v))
     out, lse = q.new_empty(T, H, D), q.new_empty(H, T, dtype=torch.float32)
     align, strides = aligned(*q.stride()[:2], k.stride(1), v.stride(1))
-    config = configuration("attention_forward", D, q)
+    name = _name("attention_forward", softcap)
+    config = configuration(name, D, q)
     launch(
-        "attention_forward", _forward_kernel, (cdiv(T, config.tiles["BLOCK_M"]), H),
+        name, _forward_kernel, (cdiv(T, config.tiles["BLOCK_M"]), H),
         q, k, v, rows, out, lse, T, H // K, scale, softcap, strides[:2], *strides[2:],
         config=config, K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), ALIGN=align, **constants(q, softcap),
     )  # fmt: skip
@@ -356,22 +408,29 @@ def launch_backward(
     terms = lse.new_empty(2, H, T)
     fixed = constants(q, softcap)
     align, strides = aligned(*q.stride()[:2], *dout.stride()[:2], k.stride(1), v.stride(1))
-    config = configuration("attention_dq", D, q)
+    name = _name("attention_dq", softcap)
+    config = configuration(name, D, q)
     launch(
-        "attention_dq", _dq_kernel, (cdiv(T, config.tiles["BLOCK_M"]), H),
+        name, _dq_kernel, (cdiv(T, config.tiles["BLOCK_M"]), H),
         q, k, v, rows, out, lse, dout, dlse.contiguous(), terms, dq, T, H // K, scale, softcap,
         strides[:2], strides[2:4], *strides[4:],
         config=config, K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), ALIGN=align, **fixed,
     )  # fmt: skip
     align, strides = aligned(*k.stride()[:2], *v.stride()[:2], q.stride(1), dout.stride(1))
-    config = configuration("attention_dkv", D, q)
+    name = _name("attention_dkv", softcap)
+    config = configuration(name, D, q)
     launch(
-        "attention_dkv", _dkv_kernel, (cdiv(S, config.tiles["BLOCK_N"]), K),
+        name, _dkv_kernel, (cdiv(S, config.tiles["BLOCK_N"]), K),
         q, k, v, keys, dout, terms, dk, dv, T, S, H // K, scale, softcap,
         strides[:2], strides[2:4], *strides[4:],
         config=config, Q_STRIDE=q.stride(0), DO_STRIDE=dout.stride(0), ALIGN=align, **fixed,
     )  # fmt: skip
     return dq, dk, dv
+
+
+def _name(kernel: str, softcap: float) -> str:
+    """In the launch table: a soft cap takes registers, and so tiles of its own."""
+    return f"{kernel}_capped" if softcap else kernel
 
 
 def forward_traffic(T: int, H: int, D: int, itemsize: int, tiles: dict[str, int]) -> int:
@@ -404,12 +463,6 @@ def head_dim_parts(head_dim: int) -> tuple[int, int]:
     return max(first, 16), next_power_of_two(max(rest, 16)) if rest and head_dim > 16 else 0
 
 
-def max_head_dim(itemsize: int) -> int:
-    """The largest head dim that the kernels take: none in fp32, whose exact products spill whatever the tiles. The interpreter has no
-    registers, and proves the formulas in fp32 too."""
-    return 256 if itemsize == 2 or INTERPRET else 0
-
-
 def aligned(*strides: int) -> tuple[int, tuple[int, ...]]:
     """A power of two that divides all strides, at most 16, and the strides divided by it.
 
@@ -421,4 +474,5 @@ def aligned(*strides: int) -> tuple[int, tuple[int, ...]]:
 
 def constants(q: Tensor, softcap: float) -> dict[str, object]:
     D1, D2 = head_dim_parts(q.shape[-1])
-    return {"D": q.shape[-1], "D1": D1, "D2": D2, "SOFTCAP": softcap > 0, "PRECISION": precision(q.dtype)}
+    cut = 16 if q.element_size() == 4 else 0
+    return {"D": q.shape[-1], "D1": D1, "D2": D2, "CUT": cut, "SOFTCAP": softcap > 0, "PRECISION": precision(q.dtype)}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention_kernels import LN2, LOG2E, aligned, constants, forward_step, load_part, max_head_dim, store_part
+from .attention_kernels import LOG2E, MAX_HEAD_DIM, aligned, constants, forward_step, load_part, log_sum, store_part
 from .checks import check_scales
 from .dispatch import current_backend, runs_kernel
 from .launch import cdiv, configuration, convert, jit, launch, next_power_of_two, tl, unit_stride
@@ -58,7 +58,8 @@ def decode_attention_reference(
 def _slice_kernel(
     q, k, v, lengths, out, lse, groups, num_kv_heads, num_slices, scale, softcap, q_strides, k_strides, v_strides,
     K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    CUT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The heads of one group over one slice of one sequence: its output, and the log-sum-exp that weighs it."""
     sequence, kv_head = (tl.program_id(0) // num_kv_heads).to(tl.int64), tl.program_id(0) % num_kv_heads
@@ -80,19 +81,19 @@ def _slice_kernel(
     whole = first + tl.maximum(stop - first, 0) // BLOCK_N * BLOCK_N
     for n in range(first, whole, BLOCK_N):
         m, l, acc1, acc2 = forward_step(
-            n, q1, q2, k, v, start, length, stop, m, l, acc1, acc2, scale, softcap,
-            K_STRIDE, V_STRIDE, D, D1, D2, BLOCK_G, BLOCK_N, SOFTCAP, PRECISION, False)  # fmt: skip
+            n, q1, q2, q, q_row, inside, k, v, start, length, stop, m, l, acc1, acc2, scale, softcap,
+            K_STRIDE, V_STRIDE, D, D1, D2, CUT, BLOCK_G, BLOCK_N, SOFTCAP, PRECISION, False)  # fmt: skip
     for n in range(whole, stop, BLOCK_N):
         m, l, acc1, acc2 = forward_step(
-            n, q1, q2, k, v, start, length, stop, m, l, acc1, acc2, scale, softcap,
-            K_STRIDE, V_STRIDE, D, D1, D2, BLOCK_G, BLOCK_N, SOFTCAP, PRECISION, True)  # fmt: skip
+            n, q1, q2, q, q_row, inside, k, v, start, length, stop, m, l, acc1, acc2, scale, softcap,
+            K_STRIDE, V_STRIDE, D, D1, D2, CUT, BLOCK_G, BLOCK_N, SOFTCAP, PRECISION, True)  # fmt: skip
     seen = l != 0
     norm = tl.where(seen, l, 1.0)
     row = (sequence * num_kv_heads * groups + head) * num_slices + slice_index
     store_part(out, row * D, inside, acc1 / norm[:, None], 0, D1, D)
     if D2:
         store_part(out, row * D, inside, acc2 / norm[:, None], D1, D2, D)
-    tl.store(lse + row, tl.where(seen, (m + tl.log2(norm)) * LN2, float("-inf")), mask=inside)
+    tl.store(lse + row, tl.where(seen, log_sum(m, norm, k.dtype.element_ty), float("-inf")), mask=inside)
 
 
 @jit(varying=("num_slices",))
@@ -136,7 +137,7 @@ def launch_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float
 
 @torch.library.custom_op("smalt::decode_attention", mutates_args=())
 def _decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, softcap: float, implementation: str) -> Tensor:
-    if runs_kernel(implementation, q, max_head_dim(q.element_size())):
+    if runs_kernel(implementation, q, MAX_HEAD_DIM):
         return launch_decode(q, k, v, lengths, scale, softcap)
     return decode_attention_reference(q, k, v, lengths, scale, softcap).contiguous()
 

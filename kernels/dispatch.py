@@ -9,12 +9,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .launch import INTERPRET, triton
 
@@ -71,23 +73,34 @@ def runs_kernel(implementation: str, x: Tensor, max_width: int | None = None) ->
     return implementation in ("triton", "liger") and (max_width is None or x.shape[-1] <= max_width)
 
 
-def without_dispatcher(operator: Any, compute: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]) -> Any:
-    """An operator of torch.library as a plain autograd function where there are numbers on a CPU: small tensors feel the dispatcher.
+def runs_definition(implementation: str, x: Tensor) -> bool:
+    """Whether an elementwise operation is its definition: asked to be, or in plain torch where nothing has to be widened, since there
+    torch's own backward pass, which keeps what forward has, is faster than one that recomputes."""
+    plain = implementation == "torch" and x.dtype in (torch.float32, torch.float64)
+    return implementation == "reference" or (plain and not is_abstract(x))
 
-    compute, setup, backward: what the operator and its autograd are registered with, so that both compute the same. The first
-    argument is a tensor, the last the implementation.
+
+def without_dispatcher(operator: Any, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator of torch.library, or, where there are numbers on a CPU, its function: small tensors feel the dispatcher.
+
+    compute: what the operator is registered with. The first argument is a tensor, the last the implementation.
     """
-    plain: Any = type(
-        compute.__name__,
-        (torch.autograd.Function,),
-        {"forward": staticmethod(compute), "setup_context": staticmethod(setup), "backward": staticmethod(backward)},
-    )
 
     def call(*args: Any) -> Any:
-        eager = args[-1] == "torch" and not is_abstract(args[0])
-        return plain.apply(*args) if eager else operator(*args)
+        return compute(*args) if args[-1] == "torch" and not is_abstract(args[0]) else operator(*args)
 
     return call
+
+
+def differentiable(operator: Any, compute: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """:func:`without_dispatcher` of an operator with a gradient: there a plain autograd function, that computes the same.
+
+    setup, backward: what the operator's autograd is registered with.
+    """
+    compute.__signature__ = inspect.signature(compute)  # type: ignore[attr-defined]  # torch asks for it at every call
+    members = {"forward": compute, "setup_context": setup, "backward": once_differentiable(backward)}
+    plain: Any = type(compute.__name__, (torch.autograd.Function,), {name: staticmethod(f) for name, f in members.items()})
+    return without_dispatcher(operator, plain.apply)
 
 
 def is_abstract(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import runs_kernel, without_dispatcher
+from .dispatch import differentiable, runs_kernel, without_dispatcher
 from .launch import as_rows, cdiv, configuration, constexpr, convert, jit, launch, tl
 
 _CUBIC = constexpr(0.044715)
@@ -110,12 +110,12 @@ def torch_backward(dy: Tensor, gate: Tensor, up: Tensor | None, activation: str,
     wide = torch.promote_types(gate.dtype, torch.float32)
     x, g = gate.to(wide), dy.to(wide)
     if up is not None and dup is not None:
-        dup.copy_(_value(x, activation).mul_(g))
+        torch.mul(_value(x, activation), g, out=dup)
         g = g * up
     if activation == "silu":
-        dgate.copy_(torch.ops.aten.silu_backward(g, x))
+        torch.ops.aten.silu_backward(g, x, grad_input=dgate)
     else:
-        dgate.copy_(torch.ops.aten.gelu_backward(g, x, approximate="tanh"))
+        torch.ops.aten.gelu_backward(g, x, approximate="tanh", grad_input=dgate)
 
 
 def activation_unit(gate: Tensor, up: Tensor | None, activation: str, packed: bool, implementation: str) -> Tensor:
@@ -150,8 +150,7 @@ def _(gate, up, activation, packed, implementation):
     return gate.new_empty(*gate.shape[:-1], gate.shape[-1] // 2 if packed else gate.shape[-1])
 
 
-@torch.library.custom_op("smalt::activation_unit_backward", mutates_args=())
-def _unit_backward(
+def _gradient(
     dy: Tensor, gate: Tensor, up: Tensor | None, activation: str, packed: bool, implementation: str
 ) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up, the second without elements where there is no up."""
@@ -163,9 +162,15 @@ def _unit_backward(
     return d.view(gate.shape), dup.view(gate.shape) if up is not None else dup
 
 
+_unit_backward = torch.library.custom_op("smalt::activation_unit_backward", mutates_args=())(_gradient)
+
+
 @_unit_backward.register_fake
 def _(dy, gate, up, activation, packed, implementation):
     return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else gate.shape)
+
+
+_differentiate = without_dispatcher(_unit_backward, _gradient)
 
 
 def _setup(ctx, inputs, output):
@@ -176,12 +181,12 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dy):
     gate, up = ctx.saved_tensors
-    dgate, dup = _unit_backward(dy, gate, up, ctx.activation, ctx.packed, ctx.implementation)
+    dgate, dup = _differentiate(dy, gate, up, ctx.activation, ctx.packed, ctx.implementation)
     return dgate, dup if ctx.separate else None, None, None, None
 
 
 _unit.register_autograd(_backward, setup_context=_setup)
-_call = without_dispatcher(_unit, _compute, _setup, _backward)
+_call = differentiable(_unit, _compute, _setup, _backward)
 
 
 def check_unit(name: str, gate: Tensor, up: Tensor) -> None:

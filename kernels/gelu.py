@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import current_backend
+from .dispatch import current_backend, runs_definition
 from .gated import activation_unit, check_packed, check_unit
 
 
 def gelu(x: Tensor) -> Tensor:
     """x: [..., F], of any strides; returns that shape and dtype. Differentiable. Liger has no such kernel."""
     implementation = current_backend(x)
-    if implementation == "reference":
+    if runs_definition(implementation, x):
         return gelu_reference(x)
     return activation_unit(x, None, "gelu", False, implementation)
 
@@ -30,7 +30,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     check_unit("geglu", gate, up)
     implementation = current_backend(gate)
-    if implementation == "reference":
+    if runs_definition(implementation, gate):
         return geglu_reference(gate, up)
     if implementation == "liger":
         from liger_kernel.ops import LigerGELUMulFunction
@@ -46,7 +46,7 @@ def geglu_packed(gate_up: Tensor) -> Tensor:
     """
     check_packed("geglu_packed", gate_up)
     implementation = current_backend(gate_up)
-    if implementation == "reference":
+    if runs_definition(implementation, gate_up):
         return geglu_reference(*gate_up.chunk(2, -1))
     return activation_unit(gate_up, None, "gelu", True, implementation)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .column_sum import column_sum
-from .dispatch import current_backend, runs_kernel, without_dispatcher
+from .dispatch import current_backend, differentiable, runs_definition, runs_kernel, without_dispatcher
 from .launch import as_rows, cdiv, configuration, convert, jit, launch, next_power_of_two, tl
 
 MAX_WIDTH = 8192  # a program holds whole rows in registers
@@ -35,7 +35,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
             f"layer_norm: x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}; expected [..., D], [D] and [D]"
         )
     implementation = current_backend(x)
-    if implementation == "reference":
+    if runs_definition(implementation, x):
         return layer_norm_reference(x, weight, bias, eps)
     if implementation == "liger":
         return _liger(x, weight, bias, eps)
@@ -162,8 +162,7 @@ def _(x, weight, bias, eps, implementation):
     return x.new_empty(x.shape), x.new_empty(rows, dtype=wide), x.new_empty(rows, dtype=wide)
 
 
-@torch.library.custom_op("smalt::layer_norm_backward", mutates_args=())
-def _layer_norm_backward(
+def _gradient(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, sum_dtype: torch.dtype, implementation: str
 ) -> tuple[Tensor, Tensor]:
     backward = launch_backward if runs_kernel(implementation, x, MAX_WIDTH) else torch_backward
@@ -171,9 +170,15 @@ def _layer_norm_backward(
     return dx.view(x.shape), sums
 
 
+_layer_norm_backward = torch.library.custom_op("smalt::layer_norm_backward", mutates_args=())(_gradient)
+
+
 @_layer_norm_backward.register_fake
 def _(dy, x, weight, mean, inverse, sum_dtype, implementation):
     return x.new_empty(x.shape), weight.new_empty(2, x.shape[-1], dtype=sum_dtype)
+
+
+_differentiate = without_dispatcher(_layer_norm_backward, _gradient)
 
 
 def _setup(ctx, inputs, output):
@@ -188,12 +193,12 @@ def _backward(ctx, dy, _, __):
     x, weight, mean, inverse = ctx.saved_tensors
     # One dtype for the sums: that of both parameters, as a rule; else the wider, so that neither is rounded twice.
     sum_dtype = torch.promote_types(weight.dtype, ctx.bias_dtype)
-    dx, sums = _layer_norm_backward(dy, x, weight, mean, inverse, sum_dtype, ctx.implementation)
+    dx, sums = _differentiate(dy, x, weight, mean, inverse, sum_dtype, ctx.implementation)
     return dx, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None, None
 
 
 _layer_norm.register_autograd(_backward, setup_context=_setup)
-_call = without_dispatcher(_layer_norm, _compute, _setup, _backward)
+_call = differentiable(_layer_norm, _compute, _setup, _backward)
 
 
 def _liger(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .dispatch import current_backend
 from .head import IGNORE, cast_as_autocast_does, check_head, check_labels, head_logits
-from .linear_statistics import linear_statistics_operator
+from .linear_statistics import statistics
 
 
 def linear_cross_entropy(
@@ -42,7 +42,7 @@ def linear_cross_entropy(
         return linear_cross_entropy_reference(hidden_TD, weight_VD, labels, temperature, softcap, z_loss)
     if implementation == "liger" and temperature == 1.0:
         return _liger(hidden_TD, weight_VD, labels, softcap, z_loss)
-    lse, target, *_ = linear_statistics_operator(hidden_TD, weight_VD, labels, 0, temperature, softcap, True, implementation)
+    lse, target, *_ = statistics(hidden_TD, weight_VD, labels, 0, temperature, softcap, True, implementation)
     ignored = labels == IGNORE
     lse = lse.masked_fill(ignored, 0.0)
     nll = lse - target

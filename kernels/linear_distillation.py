@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_scales
-from .dispatch import KERNEL_DTYPES, current_backend, runs_kernel
+from .dispatch import KERNEL_DTYPES, current_backend, differentiable, runs_kernel, without_dispatcher
 from .head import (
     backward_by_rows,
     backward_by_words,
@@ -66,7 +66,7 @@ def linear_distillation(
         return linear_distillation_reference(hidden_TD, weight_VD, *teacher, temperature, softcap, teacher_softcap)
     if teacher_hidden_TE.dtype not in KERNEL_DTYPES:
         implementation = "torch"
-    return _linear_distillation(hidden_TD, weight_VD, *teacher, temperature, softcap, teacher_softcap, implementation)[0]
+    return _call(hidden_TD, weight_VD, *teacher, temperature, softcap, teacher_softcap, implementation)[0]
 
 
 def linear_distillation_reference(
@@ -271,8 +271,7 @@ def torch_backward(
     return backward_by_rows(gradient, hidden, weight, temperature, softcap, need_hidden, need_weight)
 
 
-@torch.library.custom_op("smalt::linear_distillation", mutates_args=())
-def _linear_distillation(
+def _compute(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
     temperature: float, softcap: float | None, teacher_softcap: float | None, implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -285,17 +284,19 @@ def _linear_distillation(
         return torch_forward(hidden, weight, teacher_hidden, teacher_weight, *options)
 
 
+_linear_distillation = torch.library.custom_op("smalt::linear_distillation", mutates_args=())(_compute)
+
+
 @_linear_distillation.register_fake
 def _(hidden, weight, teacher_hidden, teacher_weight, temperature, softcap, teacher_softcap, implementation):
     kl = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
     return kl, kl.new_empty(2 if runs_kernel(implementation, hidden) else 0, hidden.shape[0])
 
 
-@torch.library.custom_op("smalt::linear_distillation_backward", mutates_args=())
-def _linear_distillation_backward(
+def _gradient(
     g: Tensor, lses: Tensor, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    temperature: float, softcap: float | None, teacher_softcap: float | None, implementation: str,
-    need_hidden: bool, need_weight: bool,
+    temperature: float, softcap: float | None, teacher_softcap: float | None, need_hidden: bool, need_weight: bool,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     options = (temperature, softcap, teacher_softcap, need_hidden, need_weight)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -305,24 +306,31 @@ def _linear_distillation_backward(
         return torch_backward(g, lses, hidden, weight, teacher_hidden, teacher_weight, *options)
 
 
+_linear_distillation_backward = torch.library.custom_op("smalt::linear_distillation_backward", mutates_args=())(_gradient)
+
+
 @_linear_distillation_backward.register_fake
-def _(g, lses, hidden, weight, teacher_hidden, teacher_weight, temperature, softcap, teacher_softcap, implementation,
-      need_hidden, need_weight):  # fmt: skip
+def _(g, lses, hidden, weight, teacher_hidden, teacher_weight, temperature, softcap, teacher_softcap,
+      need_hidden, need_weight, implementation):  # fmt: skip
     (T, D), V = hidden.shape, weight.shape[0]
     return hidden.new_empty(T if need_hidden else 0, D), weight.new_empty(V if need_weight else 0, D)
 
 
+_differentiate = without_dispatcher(_linear_distillation_backward, _gradient)
+
+
 def _setup(ctx, inputs, output):
-    *tensors, temperature, softcap, teacher_softcap, implementation = inputs
-    ctx.options = (temperature, softcap, teacher_softcap, implementation)
+    *tensors, temperature, softcap, teacher_softcap, ctx.implementation = inputs
+    ctx.options = (temperature, softcap, teacher_softcap)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], *tensors)
 
 
 def _backward(ctx, g, _lses):
     need_hidden, need_weight = ctx.needs_input_grad[:2]
-    dhidden, dweight = _linear_distillation_backward(g, *ctx.saved_tensors, *ctx.options, need_hidden, need_weight)
+    dhidden, dweight = _differentiate(g, *ctx.saved_tensors, *ctx.options, need_hidden, need_weight, ctx.implementation)
     return dhidden if need_hidden else None, dweight if need_weight else None, *(None,) * 6
 
 
 _linear_distillation.register_autograd(_backward, setup_context=_setup)
+_call = differentiable(_linear_distillation, _compute, _setup, _backward)

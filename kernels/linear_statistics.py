@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import current_backend, runs_kernel
+from .dispatch import current_backend, differentiable, runs_kernel, without_dispatcher
 from .head import (
     IGNORE,
     backward_by_rows,
@@ -108,7 +108,7 @@ def linear_statistics(
     implementation = current_backend(hidden_TD)
     if implementation == "reference":
         return linear_statistics_reference(hidden_TD, weight_VD, labels, vocab_start, temperature, softcap)
-    outputs = linear_statistics_operator(hidden_TD, weight_VD, labels, vocab_start, temperature, softcap, False, implementation)
+    outputs = statistics(hidden_TD, weight_VD, labels, vocab_start, temperature, softcap, False, implementation)
     return HeadStatistics(*outputs)
 
 
@@ -361,12 +361,12 @@ def torch_forward(
     argmax = labels.new_empty(mean.shape, dtype=torch.int64)
     for piece in pieces(labels.shape[0], V):
         z = head_logits(hidden[piece], words, temperature, softcap)
-        one = z.gather(1, own[piece, None])
+        target[piece] = z.gather(1, own[piece, None]).squeeze(1)
+        best, word = z.max(-1)
         logprob = z.log_softmax(-1)  # half the time of logsumexp on a CPU
-        target[piece] = one.squeeze(1)
-        lse[piece] = (one - logprob.gather(1, own[piece, None])).squeeze(1)
+        lse[piece] = best - logprob.gather(1, word[:, None]).squeeze(1)
         if not nll_only:
-            maximum[piece], argmax[piece] = z.max(-1)
+            maximum[piece], argmax[piece] = best, word
             p = logprob.exp_()
             mean[piece] = z.masked_fill_(p == 0, 0.0).mul_(p).sum(-1)
     target.masked_fill_(~inside, 0.0)
@@ -419,8 +419,7 @@ def _own_words(labels: Tensor, vocab_start: int, words: int) -> tuple[Tensor, Te
     return own.masked_fill_(~inside, 0), inside
 
 
-@torch.library.custom_op("smalt::linear_statistics", mutates_args=())
-def linear_statistics_operator(
+def _compute(
     hidden: Tensor, weight: Tensor, labels: Tensor, vocab_start: int, temperature: float, softcap: float | None,
     nll_only: bool, implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -433,6 +432,9 @@ def linear_statistics_operator(
         return torch_forward(hidden, weight, labels, vocab_start, temperature, softcap, nll_only)
 
 
+linear_statistics_operator = torch.library.custom_op("smalt::linear_statistics", mutates_args=())(_compute)
+
+
 @linear_statistics_operator.register_fake
 def _(hidden, weight, labels, vocab_start, temperature, softcap, nll_only, implementation):
     wide, T = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
@@ -441,11 +443,10 @@ def _(hidden, weight, labels, vocab_start, temperature, softcap, nll_only, imple
     return lse, target, mean, maximum, labels.new_empty(rest, dtype=torch.int64)
 
 
-@torch.library.custom_op("smalt::linear_statistics_backward", mutates_args=())
-def _linear_statistics_backward(
+def _gradient(
     g_lse: Tensor, g_target: Tensor, g_mean: Tensor | None, hidden: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, mean: Tensor,
-    vocab_start: int, temperature: float, softcap: float | None, nll_only: bool, implementation: str,
-    need_hidden: bool, need_weight: bool,
+    vocab_start: int, temperature: float, softcap: float | None, nll_only: bool, need_hidden: bool, need_weight: bool,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     options = (vocab_start, temperature, softcap, nll_only, need_hidden, need_weight)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -454,15 +455,21 @@ def _linear_statistics_backward(
         return torch_backward(g_lse, g_target, g_mean, hidden, weight, labels, lse, mean, *options)
 
 
+_linear_statistics_backward = torch.library.custom_op("smalt::linear_statistics_backward", mutates_args=())(_gradient)
+
+
 @_linear_statistics_backward.register_fake
-def _(g_lse, g_target, g_mean, hidden, weight, labels, lse, mean, vocab_start, temperature, softcap, nll_only, implementation,
-      need_hidden, need_weight):  # fmt: skip
+def _(g_lse, g_target, g_mean, hidden, weight, labels, lse, mean, vocab_start, temperature, softcap, nll_only,
+      need_hidden, need_weight, implementation):  # fmt: skip
     (T, D), V = hidden.shape, weight.shape[0]
     return hidden.new_empty(T if need_hidden else 0, D), weight.new_empty(V if need_weight else 0, D)
 
 
+_differentiate = without_dispatcher(_linear_statistics_backward, _gradient)
+
+
 def _setup(ctx, inputs, output):
-    hidden, weight, labels, *ctx.options = inputs
+    hidden, weight, labels, *ctx.options, ctx.implementation = inputs
     lse, _, mean, maximum, argmax = output
     ctx.mark_non_differentiable(maximum, argmax)
     ctx.set_materialize_grads(False)  # None tells the kernel that the mean has no part in the loss
@@ -475,10 +482,11 @@ def _backward(ctx, g_lse, g_target, g_mean, _maximum, _argmax):
     g_mean = None if mean.numel() == 0 else g_mean
     zeros = torch.zeros_like(lse) if g_lse is None or g_target is None else lse
     g_lse, g_target = (zeros if g is None else g for g in (g_lse, g_target))
-    dhidden, dweight = _linear_statistics_backward(
-        g_lse, g_target, g_mean, hidden, weight, labels, lse, mean, *ctx.options, need_hidden, need_weight
+    dhidden, dweight = _differentiate(
+        g_lse, g_target, g_mean, hidden, weight, labels, lse, mean, *ctx.options, need_hidden, need_weight, ctx.implementation
     )
     return dhidden if need_hidden else None, dweight if need_weight else None, *(None,) * 6
 
 
 linear_statistics_operator.register_autograd(_backward, setup_context=_setup)
+statistics = differentiable(linear_statistics_operator, _compute, _setup, _backward)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .column_sum import column_sum
-from .dispatch import current_backend, runs_kernel
+from .dispatch import current_backend, differentiable, runs_kernel, without_dispatcher
 from .launch import as_rows, cdiv, configuration, constexpr, convert, dot, jit, launch, precision, tl
 
 # Row blocks that share one pass over the weight while it is in the L2 cache.
@@ -49,7 +49,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     implementation = current_backend(x)
     if implementation == "reference":
         return matmul_reference(x, weight, bias)
-    return _matmul(x, weight, bias, implementation)
+    return _call(x, weight, bias, implementation)
 
 
 def matmul_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -210,10 +210,12 @@ def _padded(x: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("smalt::matmul", mutates_args=())
-def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> Tensor:
     product = launch_matmul if runs_kernel(implementation, x) else torch_matmul
     return product(as_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+_matmul = torch.library.custom_op("smalt::matmul", mutates_args=())(_product)
 
 
 @_matmul.register_fake
@@ -221,10 +223,12 @@ def _(x, weight, bias, implementation):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("smalt::matmul_weight", mutates_args=())
-def _matmul_weight(dy: Tensor, x: Tensor, implementation: str) -> Tensor:
+def _weight_gradient(dy: Tensor, x: Tensor, implementation: str) -> Tensor:
     gradient = launch_weight if runs_kernel(implementation, x) else torch_weight
     return gradient(as_rows(dy), as_rows(x))
+
+
+_matmul_weight = torch.library.custom_op("smalt::matmul_weight", mutates_args=())(_weight_gradient)
 
 
 @_matmul_weight.register_fake
@@ -232,15 +236,22 @@ def _(dy, x, implementation):
     return x.new_empty(dy.shape[-1], x.shape[-1])
 
 
-@torch.library.custom_op("smalt::matmul_bias", mutates_args=())
-def _matmul_bias(dy: Tensor, implementation: str) -> Tensor:
+def _bias_gradient(dy: Tensor, implementation: str) -> Tensor:
     gradient = launch_bias if runs_kernel(implementation, dy) else torch_bias
     return gradient(as_rows(dy))
+
+
+_matmul_bias = torch.library.custom_op("smalt::matmul_bias", mutates_args=())(_bias_gradient)
 
 
 @_matmul_bias.register_fake
 def _(dy, implementation):
     return dy.new_empty(dy.shape[-1])
+
+
+_multiply = without_dispatcher(_matmul, _product)
+_differentiate_weight = without_dispatcher(_matmul_weight, _weight_gradient)
+_differentiate_bias = without_dispatcher(_matmul_bias, _bias_gradient)
 
 
 def _setup(ctx, inputs, output):
@@ -251,10 +262,11 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dy):
     x, weight = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    dx = _matmul(dy, weight.t(), None, ctx.implementation) if wanted[0] else None
-    dw = _matmul_weight(dy, x, ctx.implementation) if wanted[1] else None
-    db = _matmul_bias(dy, ctx.implementation) if wanted[2] else None
+    dx = _multiply(dy, weight.t(), None, ctx.implementation) if wanted[0] else None
+    dw = _differentiate_weight(dy, x, ctx.implementation) if wanted[1] else None
+    db = _differentiate_bias(dy, ctx.implementation) if wanted[2] else None
     return dx, dw, db, None
 
 
 _matmul.register_autograd(_backward, setup_context=_setup)
+_call = differentiable(_matmul, _product, _setup, _backward)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .column_sum import column_sum
-from .dispatch import current_backend, runs_kernel, without_dispatcher
+from .dispatch import current_backend, differentiable, runs_kernel, without_dispatcher
 from .launch import as_rows, cdiv, configuration, convert, jit, launch, next_power_of_two, tl
 
 MAX_WIDTH = 8192  # a program holds whole rows in registers
@@ -162,13 +162,14 @@ def torch_backward(
     dy: Tensor, dtotal: Tensor | None, s: Tensor, weight: Tensor, inverse: Tensor, cast_before: bool
 ) -> tuple[Tensor, Tensor]:
     """What :func:`launch_backward` returns, in plain torch and any float dtype."""
-    wide = inverse.dtype
-    n, g, rsqrt = s.to(wide) * inverse[:, None], dy.to(wide), inverse[:, None]
-    dn = g * (weight.to(s.dtype) if cast_before else weight).to(wide)
-    ds = dn.addcmul(n, (dn * n).mean(-1, keepdim=True), value=-1).mul_(rsqrt)
+    wide, rsqrt = inverse.dtype, inverse[:, None]
+    w = (weight.to(s.dtype) if cast_before else weight).to(wide)
+    n, g = s.to(wide) * rsqrt, dy.to(wide)
+    gn = g * n
+    ds = (g * w).addcmul_(n, torch.mv(gn, w).div_(-s.shape[-1])[:, None]).mul_(rsqrt)
     if dtotal is not None:
         ds += dtotal
-    return ds.to(s.dtype), (g * (n.to(s.dtype) if cast_before else n)).sum(0).to(weight.dtype)
+    return ds.to(s.dtype), ((g * n.to(s.dtype)) if cast_before else gn).sum(0).to(weight.dtype)
 
 
 def _compute(
@@ -189,8 +190,7 @@ def _(x, residual, weight, eps, cast_before, implementation):
     return x.new_empty(x.shape), total, x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@torch.library.custom_op("smalt::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(
+def _gradient(
     dy: Tensor, dtotal: Tensor | None, s: Tensor, weight: Tensor, inverse: Tensor, cast_before: bool, implementation: str
 ) -> tuple[Tensor, Tensor]:
     backward = launch_backward if runs_kernel(implementation, s, MAX_WIDTH) else torch_backward
@@ -198,9 +198,15 @@ def _rms_norm_backward(
     return dx.view(s.shape), dw
 
 
+_rms_norm_backward = torch.library.custom_op("smalt::rms_norm_backward", mutates_args=())(_gradient)
+
+
 @_rms_norm_backward.register_fake
 def _(dy, dtotal, s, weight, inverse, cast_before, implementation):
     return s.new_empty(s.shape), weight.new_empty(weight.shape)
+
+
+_differentiate = without_dispatcher(_rms_norm_backward, _gradient)
 
 
 def _setup(ctx, inputs, output):
@@ -214,12 +220,12 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dy, dtotal, _):
     s, weight, inverse = ctx.saved_tensors
     dtotal = dtotal if ctx.with_residual else None
-    dx, dw = _rms_norm_backward(dy, dtotal, s, weight, inverse, ctx.cast_before, ctx.implementation)
+    dx, dw = _differentiate(dy, dtotal, s, weight, inverse, ctx.cast_before, ctx.implementation)
     return dx, dx if ctx.with_residual else None, dw, None, None, None
 
 
 _rms_norm.register_autograd(_backward, setup_context=_setup)
-_call = without_dispatcher(_rms_norm, _compute, _setup, _backward)
+_call = differentiable(_rms_norm, _compute, _setup, _backward)
 
 
 def _liger(x: Tensor, weight: Tensor, eps: float, cast: str) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .column_sum import column_sum
-from .dispatch import current_backend, runs_kernel, without_dispatcher
+from .dispatch import current_backend, differentiable, runs_kernel, without_dispatcher
 from .launch import cdiv, configuration, convert, jit, launch, next_power_of_two, tl, unit_stride
 
 MAX_HEAD_DIM = 512  # a program holds whole heads in registers
@@ -222,11 +222,14 @@ def torch_rotate(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps
     if weight is not None:
         n = (n * _inverse(n, eps)).mul_(weight.to(wide))
     cos, sin, sign = cos.to(wide)[:, None], sin.to(wide)[:, None], -1 if back else 1
-    first, second = n[..., :half], n[..., half : 2 * half]
     y = n.new_empty(n.shape)
-    torch.mul(first, cos, out=y[..., :half]).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=y[..., half : 2 * half]).addcmul_(first, sin, value=sign)
-    y[..., 2 * half :] = n[..., 2 * half :]
+    # Views cost more than the arithmetic where tensors are small.
+    first, second, *rest = n.split([half, half, n.shape[-1] - 2 * half] if 2 * half < n.shape[-1] else half, -1)
+    y_first, y_second, *y_rest = y.split([half, half, n.shape[-1] - 2 * half] if rest else half, -1)
+    torch.mul(first, cos, out=y_first).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=y_second).addcmul_(first, sin, value=sign)
+    if rest:
+        y_rest[0].copy_(rest[0])
     return y.to(x.dtype)
 
 
@@ -257,8 +260,7 @@ def _(x, cos, sin, norm_weight, eps, implementation):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("smalt::rotary_backward", mutates_args=())
-def _rotary_backward(
+def _gradient(
     dy: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, norm_weight: Tensor | None, eps: float, implementation: str
 ) -> tuple[Tensor, Tensor]:
     """dx, and dweight, of no elements without a norm."""
@@ -270,9 +272,15 @@ def _rotary_backward(
     return backward(unit_stride(dy), unit_stride(x), cos, sin, norm_weight, eps)
 
 
+_rotary_backward = torch.library.custom_op("smalt::rotary_backward", mutates_args=())(_gradient)
+
+
 @_rotary_backward.register_fake
 def _(dy, x, cos, sin, norm_weight, eps, implementation):
     return dy.new_empty(dy.shape), dy.new_empty(0) if norm_weight is None else norm_weight.new_empty(norm_weight.shape)
+
+
+_differentiate = without_dispatcher(_rotary_backward, _gradient)
 
 
 def _setup(ctx, inputs, output):
@@ -282,9 +290,9 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dy):
     x, cos, sin, norm_weight = ctx.saved_tensors
-    dx, dweight = _rotary_backward(dy, x, cos, sin, norm_weight, ctx.eps, ctx.implementation)
+    dx, dweight = _differentiate(dy, x, cos, sin, norm_weight, ctx.eps, ctx.implementation)
     return dx, None, None, None if norm_weight is None else dweight, None, None
 
 
 _rotary.register_autograd(_backward, setup_context=_setup)
-_call = without_dispatcher(_rotary, _compute, _setup, _backward)
+_call = differentiable(_rotary, _compute, _setup, _backward)

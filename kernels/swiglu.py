@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import current_backend
+from .dispatch import current_backend, runs_definition
 from .gated import activation_unit, check_packed, check_unit
 
 
@@ -20,7 +20,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     check_unit("swiglu", gate, up)
     implementation = current_backend(gate)
-    if implementation == "reference":
+    if runs_definition(implementation, gate):
         return swiglu_reference(gate, up)
     if implementation == "liger":
         from liger_kernel.ops import LigerSiLUMulFunction
@@ -36,7 +36,7 @@ def swiglu_packed(gate_up: Tensor) -> Tensor:
     """
     check_packed("swiglu_packed", gate_up)
     implementation = current_backend(gate_up)
-    if implementation == "reference":
+    if runs_definition(implementation, gate_up):
         return swiglu_reference(*gate_up.chunk(2, -1))
     if implementation == "liger":
         from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction

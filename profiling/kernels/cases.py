@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROWS = 8192  # tokens of a pack; no tile depends on it
 # model/config.py, bluelm_3b
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCABULARY = 2560, 20, 4, 128, 8192, 100_096
+SOFTCAP = 50.0  # Gemma 2's, of attention
 VISION_WIDTH, VISION_HEADS, VISION_HEAD_DIM, VISION_FFN = 1152, 16, 72, 4304
 
 
@@ -48,26 +50,27 @@ def _attention_inputs(head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return meta(ROWS, heads, head_dim, dtype=dtype), meta(ROWS, kv_heads, head_dim, dtype=dtype), meta(3, ROWS, dtype=torch.int32)
 
 
-def _attention_forward(size: int, dtype: torch.dtype) -> None:
+def _attention_forward(size: int, dtype: torch.dtype, softcap: float = 0.0) -> None:
     from smalt.kernels.attention_kernels import launch_forward
 
     q, kv, rows = _attention_inputs(size, dtype)
-    launch_forward(q, kv, kv, rows, size**-0.5, 0.0)
+    launch_forward(q, kv, kv, rows, size**-0.5, softcap)
 
 
-def _attention_backward(size: int, dtype: torch.dtype) -> None:
+def _attention_backward(size: int, dtype: torch.dtype, softcap: float = 0.0) -> None:
     from smalt.kernels.attention_kernels import launch_backward
 
     q, kv, rows = _attention_inputs(size, dtype)
     lse = _fp32(q.shape[1], ROWS)
-    launch_backward(q, kv, kv, rows, rows, q, lse, q, lse, size**-0.5, 0.0)
+    launch_backward(q, kv, kv, rows, rows, q, lse, q, lse, size**-0.5, softcap)
 
 
 def _decode_attention(size: int, dtype: torch.dtype) -> None:
     from smalt.kernels.decode_attention import launch_decode
 
     q, cache = meta(64, HEADS, size, dtype=dtype), meta(64, 4096, KV_HEADS, size, dtype=dtype)
-    launch_decode(q, cache, cache, meta(64, dtype=torch.int32), size**-0.5, 0.0)
+    for softcap in (0.0, SOFTCAP):
+        launch_decode(q, cache, cache, meta(64, dtype=torch.int32), size**-0.5, softcap)
 
 
 def _rms_norm_forward(size: int, dtype: torch.dtype) -> None:
@@ -245,9 +248,14 @@ CASES = (
         ("attention_forward", "attention_dq", "attention_dkv"),
         (HEAD_DIM, VISION_HEAD_DIM),
         (_attention_forward, _attention_backward),
-        ("bf16",),
     ),
-    Case("decode_attention", ("decode_attention", "decode_attention_merge"), (HEAD_DIM,), (_decode_attention,), ("bf16",)),
+    Case(
+        "attention_capped",
+        ("attention_forward_capped", "attention_dq_capped", "attention_dkv_capped"),
+        (HEAD_DIM,),
+        (partial(_attention_forward, softcap=SOFTCAP), partial(_attention_backward, softcap=SOFTCAP)),
+    ),
+    Case("decode_attention", ("decode_attention", "decode_attention_merge"), (HEAD_DIM,), (_decode_attention,)),
     Case(
         "linear_cross_entropy",
         ("linear_statistics_forward", "linear_statistics_merge", "linear_statistics_backward"),

@@ -124,7 +124,8 @@ class MatrixKernel:
 
     rows: the tile whose members the warps share out; flop: of the products; work: other instructions, in elements (one lane each);
     loads: elements fetched; held: elements that stay in shared memory; live: fp32 values of a program that live at once; programs
-    and steps: of TOKENS rows; sums: the loop sums over the members of the other tile.
+    and steps: of TOKENS rows; sums: the loop sums over the members of the other tile; cut: fp32 products read their operands again,
+    piece by piece, where a pipeline would only hold more of them in registers.
     """
 
     name: str
@@ -139,17 +140,20 @@ class MatrixKernel:
     programs: Callable[[dict[str, int], int], float]
     steps: Callable[[dict[str, int], int], float]
     sums: bool = False
+    cut: bool = False
     bits: tuple[int, ...] = (16, 32)
 
     def guesses(self, target: str, bits: int, size: int) -> Iterator[Guess]:
         machine, chip, itemsize = MACHINES[target], CHIPS[target], bits // 8
         # fp32 is multiplied exactly, by the ordinary units.
         matrix = (chip.matrix or AMD_MATRIX[target]) if bits == 16 else 2 * chip.fma
+        pieces = self.cut and bits == 32
+        # A warp multiplies 16 rows at least; with fewer, warps share rows, which a sum over a row must not do.
+        least = 4 if pieces else 16 if self.sums else 8
         for values in itertools.product(*self.choices.values()):
             tiles = dict(zip(self.choices, values, strict=True))
-            for warps, stages in itertools.product((2, 4, 8), (1, 2, 3, 4)):
-                # A warp multiplies 16 rows at least; with fewer, warps share rows, which a sum over a row must not do.
-                if tiles[self.rows] < (16 if self.sums else 8) * warps:
+            for warps, stages in itertools.product((2, 4, 8), (1,) if pieces else (1, 2, 3, 4)):
+                if tiles[self.rows] < least * warps:
                     continue
                 threads = warps * chip.warp_size
                 registers = PRODUCT_FRAME + self.live(tiles, size) / threads * (1 if bits == 16 else 2.5)
@@ -218,10 +222,11 @@ def _power_rows(name: str, live: float, loads: float, rows: tuple[int, ...], par
 def _attention(name: str, products: int, accumulators: str, choices: dict[str, tuple[int, ...]]) -> MatrixKernel:
     """M rows by N keys; the loop walks keys, or, for dk and dv, rows. Heads: 20. Half of the pairs are seen (causal)."""
     own, other = ("BLOCK_N", "BLOCK_M") if accumulators == "keys" else ("BLOCK_M", "BLOCK_N")
-    held = 1 if name == "attention_forward" else 2
+    held = 1 if "forward" in name else 2
     outputs = 2 if accumulators == "keys" else 1
-    # Of each pair: forward 6.5 instructions, backward 8; of each number of the accumulator one to rescale, forward only.
-    work = lambda t, D: t["BLOCK_M"] * t["BLOCK_N"] * (6.5 if held == 1 else 8) + (t["BLOCK_M"] * _padded(D) if held == 1 else 0)  # noqa: E731
+    # Of each pair: forward 6.5 instructions, backward 8, 6 more with a soft cap; forward also one to rescale each output.
+    pair = (6.5 if held == 1 else 8) + (6 if name.endswith("capped") else 0)
+    work = lambda t, D: t["BLOCK_M"] * t["BLOCK_N"] * pair + (t["BLOCK_M"] * _padded(D) if held == 1 else 0)  # noqa: E731
     return MatrixKernel(
         name, HEAD_DIMS, choices, own,
         flop=lambda t, D: 2 * products * t["BLOCK_M"] * t["BLOCK_N"] * _padded(D),
@@ -232,7 +237,7 @@ def _attention(name: str, products: int, accumulators: str, choices: dict[str, t
         programs=lambda t, D: 20 * cdiv(TOKENS, t[own]),
         steps=lambda t, D: TOKENS / t[other] / 2,
         sums=held == 1,
-        bits=(16,),
+        cut=True,
     )  # fmt: skip
 
 
@@ -257,7 +262,8 @@ def _product(name: str, rows: str, columns: str, depth: str, choices: dict[str, 
     )  # fmt: skip
 
 
-_TILES = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (16, 32, 64, 128)}
+_TILES: dict[str, tuple[int, ...]] = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (16, 32, 64, 128)}
+_KEY_TILES: dict[str, tuple[int, ...]] = {"BLOCK_M": (16, 32, 64), "BLOCK_N": (32, 64, 128)}
 _HEAD = {"GROUP": (8,), "BLOCK_T": (64, 128), "BLOCK_V": (64, 128, 256), "BLOCK_K": (32, 64)}
 _SLICED = {"SLICE": (4096,), **_HEAD}
 _SIZE = 8192  # of rows for all sizes: the tiles do not depend on it
@@ -310,9 +316,12 @@ KERNELS: tuple[RowKernel | MatrixKernel, ...] = (
     _gated("gated_backward", 5, 3, 2),
     _attention("attention_forward", 2, "rows", _TILES),
     _attention("attention_dq", 3, "rows", _TILES),
-    _attention("attention_dkv", 4, "keys", {"BLOCK_M": (16, 32, 64), "BLOCK_N": (32, 64, 128)}),
+    _attention("attention_dkv", 4, "keys", _KEY_TILES),
+    _attention("attention_forward_capped", 2, "rows", _TILES),
+    _attention("attention_dq_capped", 3, "rows", _TILES),
+    _attention("attention_dkv_capped", 4, "keys", _KEY_TILES),
     MatrixKernel(  # 16 rows, of which a group of heads fills some; bound by the cache that is read
-        "decode_attention", (80, 128, 256), {"BLOCK_N": (32, 64, 128), "SLICE": (256, 512)}, "BLOCK_N",
+        "decode_attention", (80, 128, 256), {"BLOCK_N": (16, 32, 64, 128), "SLICE": (256, 512)}, "BLOCK_N",
         flop=lambda t, D: 4 * 16 * t["BLOCK_N"] * _padded(D),
         work=lambda t, D: 16 * (6.5 * t["BLOCK_N"] + _padded(D)),
         loads=lambda t, D: 2 * t["BLOCK_N"] * _padded(D),
@@ -320,12 +329,11 @@ KERNELS: tuple[RowKernel | MatrixKernel, ...] = (
         live=lambda t, D: 16 * (2 * _padded(D) + 2 * t["BLOCK_N"]),
         programs=lambda t, D: 64 * 4 * cdiv(4096, t["SLICE"]),
         steps=lambda t, D: t["SLICE"] / t["BLOCK_N"],
-        bits=(16,),
+        cut=True,
     ),
     RowKernel(
         "decode_attention_merge", (80, 128, 256), {}, lambda t, s: s, lambda t, s: 64 * _HEADS, lambda t, s: 16,
         live=3, loads=1, stores=0,
-        bits=(16,),
     ),
     _product("matmul", "BLOCK_T", "BLOCK_N", "BLOCK_K",
              {"BLOCK_T": (64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64)}, (TOKENS, 8192, _WIDTH)),

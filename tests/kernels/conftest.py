@@ -1,11 +1,11 @@
 """How a kernel is judged: against float64, by twice the error that torch makes in the same precision.
 
-Outputs are poisoned: uninitialised memory is NaN, so a row that a kernel forgets is seen.
+Outputs are poisoned: uninitialised memory is NaN, so a row that a kernel forgets is seen. So is an address outside of the tensors.
 """
 
 import itertools
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ import torch
 from smalt.kernels import backend
 from smalt.kernels.launch import INTERPRET
 from smalt.profiling.kernels.bench_gate import FLOOR, errors
+
+from .addresses import watched_addresses
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +31,12 @@ def _poisoned():
     assert torch.zeros(3).new_empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _watched():
+    with watched_addresses() if INTERPRET else nullcontext():
+        yield
 
 
 def outputs_and_gradients(function, inputs, seed=0):

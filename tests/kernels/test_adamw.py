@@ -167,6 +167,20 @@ def test_every_form_is_the_rounded_definition(device, error, form, first, offset
                 assert (got != round_stochastically(want, bits)).double().mean() < 0.01
 
 
+@pytest.mark.parametrize(("first", "over", "offset"), [(24, 0, 0), (0, -1, 0), (0, 0, 1), (0, 1, 0)])
+def test_only_whole_and_aligned_blocks_are_taken_for_such(device, error, first, over, offset):
+    """A first block that begins before the tensor, a last one that ends behind it, addresses that no wide load may have."""
+    h = Hyperparameters(0.05, (0.8, 0.95), 1e-6, 0.1, seed=1, step=7)
+    block = configuration("adamw", 1, torch.empty(1, device=device)).tiles["BLOCK"]
+    given = members(FORMS[0], ((2 * block + over,),), device, first=first, offset=offset)
+    wanted = adamw_reference(given[0], None, h)
+    before = around(given)
+    launch_step(given, torch.ones((), device=device), h, Table())
+    assert all(torch.equal(a, b) for a, b in zip(before, around(given), strict=True))
+    for got, want in zip((given[0].weight, given[0].exp_avg, given[0].exp_avg_sq), wanted, strict=True):
+        assert error(got, want) < 3e-7
+
+
 def test_nan_and_infinity_show(device):
     weight = torch.tensor([math.nan, math.inf, 1.0], device=device).bfloat16()
     gradient = torch.tensor([0.0, 0.0, math.nan], device=device)

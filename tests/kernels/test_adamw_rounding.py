@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from smalt.kernels import backend
-from smalt.kernels.adamw import AdamW, philox, random_bits, round_stochastically
+from smalt.kernels.adamw import (
+    AdamW,
+    Hyperparameters,
+    Member,
+    Table,
+    launch_step,
+    philox,
+    random_bits,
+    round_stochastically,
+    torch_step,
+)
 
 
 def test_philox_is_that_of_its_authors():
@@ -36,6 +46,36 @@ def test_random_bits_differ_in_all_that_they_are_made_of():
     for i, a in enumerate(drawn):
         assert a.min() >= 0 and a.max() < 2**16 and a.unique().numel() > 60  # noqa: PT018
         assert all((a == b).sum() < 4 for b in drawn[:i])
+
+
+def test_each_of_the_16_bits_is_random():
+    drawn = random_bits(torch.arange(4096), 1, 0, 5, 3)
+    for bit in range(16):
+        ones = (drawn >> bit & 1).sum().item()
+        assert abs(ones - 2048) < 5 * 32, bit  # five sigma, of numbers that never change
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("first", [0, 2**35 + 13])  # the second in the middle of a block
+def test_all_16_bits_decide(device, name, first):
+    """A value whose cut-off bits and the random ones make 2^16 goes up; one 65536th of a unit less and it does not."""
+    index = first + torch.arange(150, device=device)
+    sign = 1.0 - 2 * (index % 2)
+    # lr and eps are so large that the square root is lost beside them: exp_avg becomes the gradient, the weight minus that.
+    h = Hyperparameters(2.0**40, (0.0, 0.0), 2.0**40, 0.0, seed=2**40 + 3, step=7)
+    for stream in (0, 1):
+        bits = random_bits(index, 2, stream, h.seed, h.step)
+        for short in (0, 1):
+            raw = 0x3F80_0000 + (index % 100 << 16) + 2**16 - bits - short
+            gradient = raw.to(torch.int32).view(torch.float32) * sign
+            weight, exp_avg, exp_avg_sq = (torch.zeros(150, device=device, dtype=torch.bfloat16) for _ in range(3))
+            member = Member(weight, gradient, exp_avg, exp_avg_sq, None, 2, first)
+            if name == "triton":
+                launch_step([member], torch.ones((), device=device), h, Table())
+            else:
+                torch_step([member], None, h)
+            want = (0x3F80_0000 + (index % 100 + 1 - short << 16)).to(torch.int32).view(torch.float32) * sign
+            assert torch.equal((-weight, exp_avg)[stream].float(), want)
 
 
 def test_stochastic_rounding():

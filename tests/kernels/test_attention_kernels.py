@@ -24,7 +24,7 @@ MIXED = pack_intervals([[(20, CAUSAL), (19, IMAGE), (9, CAUSAL)], [(1, CAUSAL)],
 layouts = st.fixed_dictionaries(
     {
         "heads": st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 2)]),
-        "D": st.sampled_from([1, 8, 16, 16, 24]),
+        "D": st.sampled_from([8, 16, 16, 24]),
         "dtype": st.sampled_from(DTYPES),
         "layout": st.sampled_from(["contiguous", "heads", "strided", "packed"]),
         "seed": st.integers(0, 99),
@@ -81,7 +81,7 @@ def test_a_mixed_pack_obeys_the_rule(check_rule, device, case, given):
 @example(pack=pack_intervals([[(64, CAUSAL)]]), layout=PLAIN, given=NO_OPTIONS)  # tiles and blocks end together
 @example(pack=pack_intervals([[(40, CAUSAL)]], window=16), layout=PLAIN, given=NO_OPTIONS)
 @example(pack=pack_intervals([], tail=40), layout=PLAIN, given=NO_OPTIONS | {"return_lse": True})
-@settings(max_examples=12)
+@settings(max_examples=50)
 def test_packs_obey_the_rule(check_rule, device, pack, layout, given):
     assume(more_than_one_key(*pack))
     q, k, v, _ = tensors(len(pack[0]), len(pack[0]), **layout)
@@ -90,7 +90,7 @@ def test_packs_obey_the_rule(check_rule, device, pack, layout, given):
 
 @pytest.mark.slow
 @given(T=st.integers(1, 70), S=st.integers(1, 70), seed=st.integers(0, 999), layout=layouts, given=options)
-@settings(max_examples=10)
+@settings(max_examples=50)
 def test_any_rising_bounds_obey_the_rule(check_rule, device, T, S, seed, layout, given):
     bounds = rising_bounds(T, S, seed)
     assume(more_than_one_key(*bounds))
@@ -116,6 +116,8 @@ def test_head_dims_obey_the_rule(check_rule, device, D, dtype):
         (100.0, {"softcap": 5.0}),
         (1.0, {"softcap": 1000.0}),
         (4.0, {"scale": 2.0}),
+        (6.0, {"scale": 5.0}),
+        (6.0, {"scale": 5.0, "softcap": 1000.0}),
         (1.0, {"scale": 1e-4}),
         (0.0, {}),
     ],
@@ -123,13 +125,6 @@ def test_head_dims_obey_the_rule(check_rule, device, D, dtype):
 def test_scores_of_any_size_obey_the_rule(check_rule, device, size, given, dtype):
     q, k, v, _ = tensors(len(MIXED[0]), len(MIXED[0]), (2, 1), 16, dtype)
     check_rule(attention_over(on(device, MIXED), return_lse=True, **given), on(device, (size * q, k, v)))
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="known: of fp32 scores of several hundred, more rounding than twice torch's is seen")
-def test_very_large_scores_obey_the_rule(check_rule, device):
-    q, k, v, _ = tensors(len(MIXED[0]), len(MIXED[0]), (2, 1), 16, torch.float32)
-    check_rule(attention_over(on(device, MIXED), return_lse=True, scale=5.0), on(device, (6.0 * q, k, v)))
 
 
 @pytest.mark.slow
@@ -146,7 +141,7 @@ def test_one_column_obeys_the_rule(check_rule, device):
 )
 @example(layouts=("contiguous", "contiguous", "contiguous", "expanded"), dtype=torch.bfloat16)
 @example(layouts=("sliced", "transposed", "expanded", "strided"), dtype=torch.float32)
-@settings(max_examples=6)
+@settings(max_examples=20)
 def test_strides_change_no_bit(check_layouts, device, layouts, dtype):
     pack = pack_intervals([[(5, CAUSAL)], [(30, CAUSAL)]], tail=1)
     q, k, v, _ = tensors(36, 36, (2, 1), 16, dtype)
@@ -155,7 +150,7 @@ def test_strides_change_no_bit(check_layouts, device, layouts, dtype):
 
 @pytest.mark.slow
 @given(pack=packs(rows=36, documents=4), cuts=st.tuples(st.floats(0, 1), st.floats(0, 1)), layout=layouts, given=options)
-@settings(max_examples=6)
+@settings(max_examples=20)
 def test_shards_obey_the_rule(check_rule, device, pack, cuts, layout, given):
     # A rank holds two chunks of the rows, far apart, and sees the keys in three chunks.
     assume(more_than_one_key(*pack))
@@ -247,7 +242,7 @@ others = st.lists(st.lists(st.tuples(st.integers(0, 20), st.sampled_from([CAUSAL
 )
 @example(document=[(64, CAUSAL)], companies=([[(13, CAUSAL)]], []), window=None, dtype=torch.bfloat16, softcap=None)
 @example(document=[(50, CAUSAL)], companies=([[(5, IMAGE)]], [[(9, CAUSAL)]]), window=20, dtype=torch.float32, softcap=None)
-@settings(max_examples=8)
+@settings(max_examples=30)
 def test_a_documents_bits_know_nothing_of_the_pack(device, document, companies, window, dtype, softcap):
     alone = place(document, [], [], window, dtype, {"softcap": softcap}, device)
     among = place(document, *companies, window, dtype, {"softcap": softcap}, device)
@@ -318,7 +313,7 @@ def test_blocks_that_nothing_sees_are_skipped_and_whole_ones_not_masked(monkeypa
     monkeypatch.setattr(interpreter_builder, "create_masked_load", count("masked", masked_load))
     monkeypatch.setattr(interpreter_builder, "create_load", count("whole", load))
     pack = pack_intervals([[(96, CAUSAL)]])
-    q, k, v, upstream = tensors(96, 96, (1, 1), 16, torch.float32)
+    q, k, v, upstream = tensors(96, 96, (1, 1), 16, torch.float16)
     kernels = []
     with backend("triton"):
         leaves = [x.requires_grad_() for x in (q, k, v)]

@@ -7,7 +7,20 @@ import sys
 import pytest
 import torch
 
-from smalt.kernels import BACKENDS, attention, backend, current_backend, linear_cross_entropy
+from smalt.kernels import (
+    BACKENDS,
+    attention,
+    backend,
+    current_backend,
+    gelu,
+    layer_norm,
+    linear_cross_entropy,
+    linear_distillation,
+    matmul,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from smalt.kernels.launch import INTERPRET
 
 
@@ -76,3 +89,43 @@ def test_operations_obey(monkeypatch):
     with backend("reference"):
         run()
     assert ran == ["attention", "linear_cross_entropy"]
+
+
+WORDS = torch.randn(5, 8, dtype=torch.float64)
+WEIGHT, ANGLES = torch.rand(8, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+FUNCTIONAL = {
+    "rms_norm": lambda x: rms_norm(x, WEIGHT, 1e-6),
+    "rms_norm in bf16": lambda x: rms_norm(x.bfloat16(), WEIGHT.bfloat16(), 1e-6),
+    "layer_norm": lambda x: layer_norm(x, WEIGHT, WEIGHT, 1e-6),
+    "rotary": lambda x: rotary(x[:, None], ANGLES.cos(), ANGLES.sin()),
+    "rotary with norm": lambda x: rotary(x[:, None], ANGLES.cos(), ANGLES.sin(), WEIGHT),
+    "swiglu": lambda x: swiglu(x, x),
+    "swiglu in bf16": lambda x: swiglu(x.bfloat16(), x.bfloat16()),
+    "gelu": gelu,
+    "linear_cross_entropy": lambda x: linear_cross_entropy(x, WORDS, torch.arange(6) % 5),
+    "linear_distillation": lambda x: linear_distillation(x, WORDS, WORDS.repeat(2, 1)[:6], WORDS),
+    "matmul": lambda x: matmul(x, WORDS),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_functional_gradients_in_plain_torch(name):
+    def loss(x):
+        return FUNCTIONAL[name](x).sin().sum()
+
+    x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    with backend("torch"):
+        got = torch.func.grad(loss)(x.detach())
+        (want,) = torch.autograd.grad(loss(x), x)
+    assert want.abs().max() > 0
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "rotary", "swiglu in bf16", "matmul"])
+def test_second_derivatives_are_refused_or_right(name):
+    # Never silently wrong: what backward computes of forward's results would count these as constants.
+    x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    with backend("torch"):
+        (g,) = torch.autograd.grad(FUNCTIONAL[name](x).sin().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            g.sum().backward()

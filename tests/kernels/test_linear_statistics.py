@@ -236,6 +236,34 @@ def test_large_logits_do_not_overflow(name, error, device):
     assert g.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["reference", "torch", "triton"])
+def test_the_softcap_leaves_scores_of_any_size_their_digits(name, device):
+    """Each score by itself, from far below the cap, where it is the score, to far above, where it is the cap."""
+    # At 0.75 the kernel turns from one form of tanh to the other.
+    x = torch.cat([torch.logspace(-30, 2, 97), torch.linspace(0.5, 1.5, 31)])
+    x = torch.cat([x, -x])[:, None].to(device)
+    weight, labels = torch.tensor([[1.0], [0.0]], device=device), torch.zeros(len(x), dtype=torch.int64, device=device)
+    with backend(name):
+        got = linear_statistics(x, weight, labels, softcap=3.0).target.double()
+    want = 3.0 * torch.tanh(x.squeeze(1).double() / 3.0)
+    assert ((got - want).abs() <= 8 * 2**-24 * want.abs()).all()
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # of the interpreter
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_a_score_of_minus_infinity_counts_for_nothing(name, error, device):
+    hidden, labels = torch.full((3, 1), 1e20, device=device), torch.tensor([1, 2, IGNORE], device=device)
+    weight = torch.tensor([[-1e20], [0.0], [1e-20]], device=device)  # scores of -1e40, which is infinity in fp32, 0, and 1
+    results = []
+    for implementation, dtype in ((name, torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
+        with backend(implementation):
+            s = linear_statistics(*leaves, labels)
+        results.append([*differentiable(s), *torch.autograd.grad((s.nll + s.entropy).sum(), leaves)])
+    for got, want in zip(*results, strict=True):
+        assert error(got.detach(), want.detach()) < 1e-6
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # of the interpreter
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_a_nan_stays_in_its_row_and_is_not_hidden(name, device):

@@ -67,13 +67,14 @@ def test_torch_is_the_reference_in_float64(error, case):
         assert error(got, want, floor=1e-3) < 1e-12
 
 
-def test_torch_rounds_once(error):
-    # In 16 bits a product that is rounded before the bias is added would be further off.
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_a_bias_is_added_before_the_rounding(device, name):
     x, w, b = (torch.randn(s, generator=torch.Generator().manual_seed(3)).bfloat16() for s in ((40, 64), (48, 64), (48,)))
-    with backend("torch"):
-        got = matmul(x, w, b * 30)
-    truth = matmul_reference(x.double(), w.double(), b.double() * 30)
-    assert torch.equal(got, truth.bfloat16()) or error(got, truth) <= error(truth.bfloat16(), truth) * 1.01
+    x, w, b = x.to(device), w.to(device), b.to(device)
+    with backend(name):
+        got = matmul(x, w, b)
+    # fp32 tips few roundings over; a product that is rounded by itself tips a fourth.
+    assert (got != matmul_reference(x.double(), w.double(), b.double()).bfloat16()).double().mean() < 0.02
 
 
 def assert_rows_are_invariant(function, x, low, high):

@@ -112,12 +112,17 @@ def test_kernel_obeys_the_rule(check_rule, device, lengths, options, seed, dtype
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_every_layout_in_memory_is_read_right(check_rule, device, ratio):
-    """Slices of something wider, log-probabilities in one precision and the rest in another."""
+    """Slices of something wider, log-probabilities in one precision and the rest in another, weights that know nothing of forcing."""
     p = pack([9, 30], 3, torch.float32)
     options = PolicyLossOptions(ratio=ratio, kl_coefficient=0.5, tis_cap=1.1)
     p = {k: torch.stack([v, v], 1).to(device)[:, 0] if torch.is_tensor(v) else v for k, v in p.items()}
     p["provenance"], p["advantage"] = p["provenance"].bool(), p["advantage"].bfloat16()
-    check_rule(lambda logprob: run({**p, "logprob": logprob, "index": p["index"].long()}, options)[0], [p["logprob"]])
+
+    def function(logprob):
+        loss, metrics = run({**p, "logprob": logprob, "index": p["index"].long()}, options, p["mask"].float())
+        return loss, torch.stack(metrics[:-2]), torch.stack(metrics[-2:])
+
+    check_rule(function, [p["logprob"]])
 
 
 def by_hand(p, options):
@@ -253,34 +258,58 @@ def test_ranks_add_up_to_one_process(error, loss, aggregation):
     assert error(torch.stack(merged), torch.stack(want_metrics)) < 1e-12
 
 
-def test_metrics_by_counting():
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_metrics_and_gradient_by_counting(device, name):
+    ratio = torch.tensor([1.0, 0.5, 0.5, 1.5, 1.5, 3.0, 1.25, 9.0], device=device)
+    advantage = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 1.0], device=device)
+    weight = torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 0], device=device)
+    importance = torch.tensor([1.0, 1, 1, 1, 1, 2, 1, 7], device=device)
+    logprob, zero = ratio.log().requires_grad_(), torch.zeros(8, device=device)
+
+    def metrics_and_gradient(options, **given):
+        with backend(name):
+            loss, m = policy_loss(logprob, zero, advantage, weight, options, **given)
+            return m, torch.autograd.grad(loss, logprob)[0].tolist()
+
     options = PolicyLossOptions(clip_low=0.2, clip_high=0.3, dual_clip=2.0, tis_cap=1.5, kl_estimator="k2")
-    ratio = torch.tensor([1.0, 0.5, 0.5, 1.5, 1.5, 3.0, 1.25, 9.0], dtype=torch.float64)
-    advantage = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
-    weight = torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 0], dtype=torch.float64)
-    importance = torch.tensor([1.0, 1, 1, 1, 1, 2, 1, 7], dtype=torch.float64)
-    zero = torch.zeros(8, dtype=torch.float64)
     given = {"reference_logprob": ratio.log() - 2, "rollout_logprob": -importance.log()}
-    _, m = policy_loss(ratio.log(), zero, advantage, weight, options, **given)
+    m, gradient = metrics_and_gradient(options, **given)
+    assert gradient == pytest.approx([-1, -0.5, 0, 0, 1.5, 0, -1.25, 0])
     counts = [float(x) for x in (m.tokens, m.clipped_low, m.clipped_high, m.dual_clipped, m.tis_truncated)]
     assert counts == [7, 1, 1, 1, 1]
     assert float(m.tis_weight) == pytest.approx(6 + 1.5)
     assert float(m.ratio) == pytest.approx(9.25)
     assert (float(m.ratio_max), float(m.ratio_min)) == pytest.approx((3.0, 0.5))
     assert float(m.kl_reference) == pytest.approx(14.0)
-    assert float(m.kl_old) == pytest.approx((ratio - 1 - ratio.log())[:-1].sum().item())
-    _, m = policy_loss(ratio.log(), zero, advantage, weight, PolicyLossOptions.of("cispo", clip_low=0.2, clip_high=0.3))
+    assert float(m.kl_old) == pytest.approx((ratio.double() - 1 - ratio.double().log())[:-1].sum().item())
+    m, gradient = metrics_and_gradient(PolicyLossOptions.of("cispo", clip_low=0.2, clip_high=0.3))
+    assert gradient == pytest.approx([-1, -0.8, 0.8, -1.3, 1.3, 1.3, -1.25, 0])
     assert (float(m.clipped_low), float(m.clipped_high)) == (2, 3)
 
 
-def test_small_divergences_keep_their_digits(device):
-    x = torch.full((20,), 1e-3, device=device)
+@pytest.mark.parametrize("name", ["triton", "reference"])
+@pytest.mark.parametrize("surrogate", ["clip", "cispo"])
+def test_what_stands_on_a_bound_is_not_over_it(device, name, surrogate):
+    """Ratios and importance weights of exactly 1, between bounds of 1: nothing is held, and the whole gradient passes."""
+    zero, weight = torch.zeros(20, device=device, requires_grad=True), torch.full((20,), 0.5, device=device)
+    advantage = torch.linspace(-2.0, 1.8, 20, device=device)
+    options = PolicyLossOptions(surrogate=surrogate, clip_low=0.0, clip_high=0.0, tis_cap=1.0)
+    with backend(name):
+        loss, m = policy_loss(zero, zero.detach(), advantage, weight, options, rollout_logprob=zero.detach())
+        gradient = torch.autograd.grad(loss, zero)[0]
+    assert [float(x) for x in (m.clipped_low, m.clipped_high, m.dual_clipped, m.tis_truncated)] == [0.0] * 4
+    assert torch.equal(gradient, -weight * advantage)
+
+
+@pytest.mark.parametrize("size", [2.0**-10, 0.498046875])  # of the series the first term and the last
+def test_small_divergences_keep_their_digits(device, size):
+    x = torch.full((20,), size, device=device)
     one = torch.ones(20, device=device)
     with backend("triton"):
         _, m = policy_loss(-x, 0 * x, one, one, PolicyLossOptions(kl_coefficient=0.1), reference_logprob=-2 * x)
-    exact = math.expm1(-1e-3) + 1e-3
-    assert float(m.kl_old) == pytest.approx(20 * exact, rel=1e-6)
-    assert float(m.kl_reference) == pytest.approx(20 * exact, rel=1e-4)  # of a difference of fp32 numbers
+    exact = math.expm1(-size) + size
+    for divergence in (m.kl_old, m.kl_reference):
+        assert float(divergence) == pytest.approx(20 * exact, rel=4e-7)
 
 
 @pytest.mark.parametrize("tokens", [0, 5])

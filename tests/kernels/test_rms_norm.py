@@ -31,6 +31,55 @@ def test_kernel_obeys_the_rule(check_rule, device, case):
     check_rule(lambda x, w, r=None: rms_norm(x, w, 1e-6, r, cast), inputs)
 
 
+@pytest.mark.parametrize("layouts", [("sliced", "contiguous"), ("contiguous", "sliced"), ("strided", "transposed")])
+@pytest.mark.parametrize("upstream", ["sliced", "expanded"])
+def test_strides_change_nothing(check_layouts, device, layouts, upstream):
+    x, r, w = torch.randn(9, 24, device=device), torch.randn(9, 24, device=device), torch.randn(24, device=device)
+
+    def function(x, r, w):
+        y, total = rms_norm(x, w, 1e-6, r)
+        return y + 2 * total  # whose gradient is contiguous, when that of y is not
+
+    check_layouts(function, [x, r, w], [*layouts, "contiguous", upstream])
+
+
+@pytest.mark.parametrize("name", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("cast", ["after", "before"])
+def test_what_is_normalised_is_the_sum_that_is_returned(device, name, cast):
+    x, r = (torch.randn(9, 24, device=device).bfloat16() for _ in range(2))
+    w = torch.randn(24, device=device)
+    with backend(name):
+        y, total = rms_norm(x, w, 1e-6, r, cast)
+        assert torch.equal(total, x + r)
+        assert torch.equal(y, rms_norm(total, w, 1e-6, cast=cast))
+
+
+@pytest.mark.parametrize("name", ["triton", "torch", "reference"])
+def test_a_wider_residual_stays_what_it_is(device, name):
+    x, r, w = torch.randn(9, 24, device=device).bfloat16(), torch.randn(9, 24, device=device), torch.randn(24, device=device)
+    with backend(name):
+        y, total = rms_norm(x, w, 1e-6, r)
+        assert torch.equal(total, x.float() + r)
+        assert torch.equal(y, rms_norm(total, w, 1e-6))
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_cast_before_multiplies_what_bf16_holds(error, device, name):
+    """Both factors are rounded, then the product; the gradients are those of the rounded factors."""
+    eps, (x, dy) = 0.1, (torch.randn(40, 24, device=device).bfloat16() for _ in range(2))
+    x, w = x.requires_grad_(), torch.randn(24, device=device, requires_grad=True)
+    with backend(name):
+        y = rms_norm(x, w, eps, cast="before")
+        dx, dw = torch.autograd.grad(y, (x, w), dy)
+    s, g, w = x.detach().double(), dy.double(), w.detach().bfloat16().double()
+    rsqrt = (s.square().mean(-1, keepdim=True) + eps).rsqrt()
+    n, dn = (s * rsqrt).bfloat16().double(), g * w
+    # In double precision a number is seldom rounded otherwise; with a factor that is not rounded, a fourth of them would be.
+    assert (y != (n * w).bfloat16()).double().mean() < 0.02
+    assert (dx != ((dn - s * rsqrt * (dn * s * rsqrt).mean(-1, keepdim=True)) * rsqrt).bfloat16()).double().mean() < 0.02
+    assert error(dw, (g * n).sum(0)) < 1e-4
+
+
 @given(case=cases())
 def test_torch_is_the_reference_in_float64(error, case):
     x, weight, residual, cast = case

@@ -92,6 +92,13 @@ def test_kernel_obeys_the_rule(check_rule, device, case):
     check_rule(lambda x, w=None: turned(x, w, eps, R), inputs)
 
 
+@pytest.mark.parametrize(("width", "R"), [(18, 18), (21, 18)])
+def test_kernel_obeys_the_rule_where_a_tile_is_wider_than_half_a_head(check_rule, device, width, R):
+    generator = torch.Generator().manual_seed(width)
+    inputs = [torch.randn(*s, generator=generator).to(device) for s in ((5, 3, width), (width,))]
+    check_rule(lambda x, w: turned(x, w, 1e-6, R), inputs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("width", "R"), [(64, 64), (72, 72), (80, 80), (96, 96), (128, 128), (256, 256), (128, 32), (80, 32)])

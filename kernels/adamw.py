@@ -182,7 +182,7 @@ def _update(
     _write(exp_avg_sq, offset, inside, _rounded(v, group, number, step, seed, 2, BLOCK, STATE), STATE, FAST)
 
 
-# On sm_90: BLOCK=2048 and 8 warps, eight elements a thread, so that bf16 is moved in 16 bytes and a thread makes its own bits.
+# With a multiple of eight elements a thread bf16 is moved in 16 bytes, and a thread makes its own bits.
 @jit(varying=("seed", "step"))
 def _kernel(
     table, owner, clip_scale, rate, decay, beta1_rest, beta2, beta2_rest, correction, eps, seed, step,
@@ -204,9 +204,10 @@ def _kernel(
 
 
 class Table:
-    """Where the tensors of one launch are, on their device; built again only when a tensor has moved."""
+    """Where the tensors of one launch are, on their device; built again only when a tensor has moved, or blocks have another size."""
 
     def __init__(self) -> None:
+        self.made_for: tuple[int, torch.device] | None = None
         self.rows: list[tuple[int, ...]] = []
         self.blocks = 0
         self.table = self.owner = torch.empty(0)
@@ -219,13 +220,16 @@ class Table:
             rows.append((*addresses, m.weight.numel(), blocks, m.number, m.first_index))
             counts.append(cdiv(m.first_index % block + m.weight.numel(), block))
             blocks += counts[-1]
-        if rows == self.rows:
-            return
         device = members[0].weight.device
-        if [r[5:] for r in rows] != [r[5:] for r in self.rows]:
+        # The rows do not tell how many blocks the last tensor has, and owner depends on it.
+        other = self.made_for != (block, device)
+        if rows == self.rows and not other:
+            return
+        if other or [r[5:] for r in rows] != [r[5:] for r in self.rows]:
             owner = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
             self.owner, self.blocks = _send(owner, device), blocks
         self.rows, self.table = rows, _send(torch.tensor(rows, dtype=torch.int64), device)
+        self.made_for = block, device
 
 
 def _send(x: Tensor, device: torch.device) -> Tensor:
@@ -258,7 +262,10 @@ class AdamW(torch.optim.Optimizer):
 
     lr, betas, eps, weight_decay: as in torch; floats, free to change from step to step. state_dtype: of exp_avg and exp_avg_sq,
     float32 or bfloat16 (of float64 weights the state is float64). master_weights: keep fp32 weights beside bf16 or fp16 ones in
-    the state; without them bf16 weights are rounded stochastically, from ``seed``. All of these may differ by group.
+    the state, made from the weight where the state has none; without them bf16 weights are rounded stochastically, from ``seed``.
+    All of these may differ by group.
+
+    The state of ``torch.optim.AdamW`` can be loaded: options that a loaded group does not name stay as they were.
 
     Parameters may be DTensors: each rank updates its own shard. ``first_index``, where set, is a function that gives the index of a
     shard's first element in the whole parameter (shards along dim 0), and makes the rounding the same for every number of ranks.
@@ -295,11 +302,23 @@ class AdamW(torch.optim.Optimizer):
         return {**super().__getstate__(), "first_index": self.first_index}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups", [])  # [] in a copy, or from a pickle: there the groups are our own
         super().__setstate__(state)
         self._tables = {}
+        for group, old in zip(self.param_groups, before, strict=False):
+            for name, value in old.items():
+                if name in self.defaults:
+                    group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but every tensor keeps its dtype: torch would cast the state of bf16 weights to bf16."""
+        """As in torch, but every tensor keeps its dtype: torch would cast the state of bf16 weights to bf16.
+
+        Takes the state of torch's AdamW. Raises ValueError for one that asks for ``amsgrad`` or ``maximize``.
+        """
+        for i, group in enumerate(state_dict["param_groups"]):
+            for name in ("amsgrad", "maximize"):
+                if group.get(name):
+                    raise ValueError(f"AdamW: group {i} of the state has {name} on, which this optimiser has not; turn it off there")
         super().load_state_dict(state_dict)
         names = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         for name, p in zip(names, chain.from_iterable(group["params"] for group in self.param_groups), strict=True):
@@ -312,8 +331,11 @@ class AdamW(torch.optim.Optimizer):
         """One step of every parameter that has a gradient.
 
         clip_scale: 0-dimensional, on the device of the parameters; all gradients are multiplied by it first, for example by
-        min(1, limit / norm). It is read on the device.
+        min(1, limit / norm). It is read on the device. Raises ValueError for one that is no such tensor, or a sparse gradient.
         """
+        if clip_scale is not None and not (torch.is_tensor(clip_scale) and clip_scale.dim() == 0):
+            what = tuple(clip_scale.shape) if torch.is_tensor(clip_scale) else repr(clip_scale)
+            raise ValueError(f"AdamW: clip_scale is {what}; pass a tensor without dims on the device of the parameters")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -347,10 +369,11 @@ class AdamW(torch.optim.Optimizer):
             # On the host, so that reading it waits for no GPU.
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype), torch.zeros_like(p, dtype=dtype)
-            if group["master_weights"] and p.dtype in (torch.bfloat16, torch.float16):
-                state["master"] = p.detach().to(torch.float32)
         elif state["step"].device.type != "cpu":
             state["step"] = state["step"].cpu()
+        # A state that was loaded may have none either.
+        if group["master_weights"] and p.dtype in (torch.bfloat16, torch.float16) and "master" not in state:
+            state["master"] = p.detach().to(torch.float32)
         state["step"] += 1
         first = 0 if self.first_index is None else self.first_index(p)
         tensors = [None if t is None else _local(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("master"))]

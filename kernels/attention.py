@@ -28,7 +28,7 @@ from torch import Tensor
 from .attention_blocks import BlockPlan, attention_blocks, block_plan
 from .attention_kernels import MAX_HEAD_DIM, launch_backward, launch_forward
 from .checks import check_scales
-from .dispatch import current_backend, is_abstract, runs_kernel
+from .dispatch import current_backend, is_abstract, runs_kernel, without_autocast
 
 
 class Intervals(NamedTuple):
@@ -78,8 +78,8 @@ def attention(
     scores, [T, H] in at least fp32, -inf for an empty row, differentiable as well. ``plan``: what :func:`attention_plan` made of these
     bounds, where several layers share them. Rows and keys need not be those of one sequence: a shard's rows over gathered keys,
     or over a chunk of keys with the bounds clamped to it, give what :func:`merge_attention` puts together.
-    Head dims above 256 run in plain torch. Raises ValueError when the shapes do not fit, or for a scale or
-    softcap that is not positive.
+    Head dims above 256 run in plain torch. Raises ValueError when shapes, dtypes or plan do not fit, for a scale or softcap that is
+    not positive, and, where plain torch makes the plan, for bounds that fall or leave the keys.
     """
     _check(q_THD, k_SKD, v_SKD, kv_start, kv_end, scale, softcap)
     scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
@@ -87,10 +87,12 @@ def attention(
     if implementation == "reference":
         out, lse = attention_reference(q_THD, k_SKD, v_SKD, kv_start, kv_end, scale, softcap)
     elif implementation == "torch" and not is_abstract(q_THD):
-        blocks = plan.blocks if plan and plan.blocks else block_plan(kv_start, kv_end)
+        blocks = plan.blocks if plan and plan.blocks else block_plan(kv_start, kv_end, len(k_SKD))
+        _check_plan(blocks.num_rows, blocks.num_keys, q_THD, k_SKD)
         out, lse = attention_blocks(q_THD, k_SKD, v_SKD, blocks, scale, softcap, return_lse)
     else:
         rows, keys = plan.intervals if plan and plan.intervals else intervals(kv_start, kv_end, len(k_SKD))
+        _check_plan(rows.shape[1], keys.shape[1], q_THD, k_SKD)
         out, lse_HT = _attention(q_THD, k_SKD, v_SKD, rows, keys, scale, softcap or 0.0, implementation)
         lse = lse_HT.T
     return (out, lse) if return_lse else out
@@ -102,16 +104,18 @@ def attention_plan(kv_start: Tensor, kv_end: Tensor, num_keys: int | None = None
     ``num_keys``: as many as rows, when not given.
     """
     implementation = current_backend(kv_start.new_empty(0, dtype=torch.float32))
+    num_keys = len(kv_start) if num_keys is None else num_keys
+    if implementation == "reference":
+        return AttentionPlan(None, None)
     if implementation == "torch" and not is_abstract(kv_start):
-        return AttentionPlan(None, block_plan(kv_start, kv_end))
-    return AttentionPlan(
-        None if implementation == "reference" else intervals(kv_start, kv_end, len(kv_start) if num_keys is None else num_keys), None
-    )
+        return AttentionPlan(None, block_plan(kv_start, kv_end, num_keys))
+    return AttentionPlan(intervals(kv_start, kv_end, num_keys), None)
 
 
 def intervals(kv_start: Tensor, kv_end: Tensor, num_keys: int) -> Intervals:
     """Turn the interval of keys of each row into the interval of rows of each key, and find where documents begin."""
-    start, end = kv_start.int().contiguous(), kv_end.int().contiguous()
+    # Wrong bounds are not looked for on a GPU, but they read no foreign memory.
+    start, end = (bound.int().clamp(0, num_keys).contiguous() for bound in (kv_start, kv_end))
     key = torch.arange(num_keys, dtype=torch.int32, device=start.device)
     # Row t sees key k if start[t] <= k < end[t], and both rise: the rows that see k are those between two counts.
     first = torch.searchsorted(end, key, right=True, out_int32=True)
@@ -128,8 +132,10 @@ def _with_origin(start: Tensor, end: Tensor) -> Tensor:
 def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Attention over disjoint sets of keys, each ``(out, lse)``, as attention over all of them; differentiable.
 
-    Rows that see nothing of a set have lse -inf there; rows that see nothing at all stay zero.
+    Rows that see nothing of a set have lse -inf there; rows that see nothing at all stay zero. Raises ValueError for no sets.
     """
+    if not parts:
+        raise ValueError("merge_attention: there is nothing to merge; expected a list of one or more (out, lse)")
     lse = torch.stack([lse for _, lse in parts])
     total = lse.detach().amax(0)
     shifted = (lse - torch.where(total.isfinite(), total, 0.0)).exp()
@@ -147,15 +153,16 @@ def attention_reference(
     k, v = k_SKD.repeat_interleave(groups, 1), v_SKD.repeat_interleave(groups, 1)
     key = torch.arange(k.shape[0], device=k.device)
     visible = (key >= kv_start[:, None]) & (key < kv_end[:, None])
-    scores = torch.einsum("thd,shd->hts", q_THD, k) * scale
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    # A row that sees nothing is 0 / 0: define it as 0, in the gradient too.
-    empty = ~visible.any(-1)[:, None]
-    wide = torch.promote_types(q_THD.dtype, torch.float32)
-    lse = scores.to(wide).masked_fill(~(visible | empty), float("-inf")).logsumexp(-1)
-    weights = torch.where(visible, (scores.to(wide) - lse[..., None]).exp(), 0.0).to(q_THD.dtype)
-    return torch.einsum("hts,shd->thd", weights, v), lse.masked_fill(empty[:, 0], float("-inf")).T
+    with without_autocast(q_THD):
+        scores = torch.einsum("thd,shd->hts", q_THD, k) * scale
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        # A row that sees nothing is 0 / 0: define it as 0, in the gradient too.
+        empty = ~visible.any(-1)[:, None]
+        wide = torch.promote_types(q_THD.dtype, torch.float32)
+        lse = scores.to(wide).masked_fill(~(visible | empty), float("-inf")).logsumexp(-1)
+        weights = torch.where(visible, (scores.to(wide) - lse[..., None]).exp(), 0.0).to(q_THD.dtype)
+        return torch.einsum("hts,shd->thd", weights, v), lse.masked_fill(empty[:, 0], float("-inf")).T
 
 
 @torch.library.custom_op("smalt::attention", mutates_args=())
@@ -164,7 +171,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     if runs_kernel(implementation, q, MAX_HEAD_DIM):
         return launch_forward(q, k, v, rows, scale, softcap)
-    out, lse = attention_blocks(q, k, v, block_plan(rows[0], rows[1]), scale, softcap or None, True)
+    out, lse = attention_blocks(q, k, v, block_plan(rows[0], rows[1], len(k)), scale, softcap or None, True)
     return out.contiguous(), lse.T.contiguous()
 
 
@@ -182,7 +189,7 @@ def _attention_backward(
     if runs_kernel(implementation, q, MAX_HEAD_DIM):
         return launch_backward(q, k, v, rows, keys, out, lse, dout, dlse, scale, softcap)
     # Inside an operator autograd records nothing; vjp does.
-    plan = block_plan(rows[0], rows[1])
+    plan = block_plan(rows[0], rows[1], len(k))
 
     def again(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return attention_blocks(q, k, v, plan, scale, softcap or None, True)
@@ -212,11 +219,22 @@ _attention.register_autograd(_backward, setup_context=_setup)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, kv_start: Tensor, kv_end: Tensor, scale: float | None, softcap: float | None) -> None:
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+    fits = q.ndim == k.ndim == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
+    if not fits or not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; expected q [T, H, D] and "
             "k, v [S, K, D] with H a multiple of K"
         )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; give all three one dtype")
     if kv_start.shape != q.shape[:1] or kv_end.shape != q.shape[:1]:
         raise ValueError(f"attention: kv_start {tuple(kv_start.shape)} and kv_end {tuple(kv_end.shape)} must be [{q.shape[0]}]")
     check_scales("attention", scale=scale, softcap=softcap)
+
+
+def _check_plan(num_rows: int, num_keys: int, q: Tensor, k: Tensor) -> None:
+    if (num_rows, num_keys) != (len(q), len(k)):
+        raise ValueError(
+            f"attention: the plan is of {num_rows} rows and {num_keys} keys, q has {len(q)} rows and k {len(k)}; make it by "
+            "attention_plan(kv_start, kv_end, num_keys) of these bounds"
+        )

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import without_autocast
+
 # A document of more rows is cut into blocks, so that its first rows are not multiplied with its last keys; into few, since a
 # key is gathered once for every block that sees it.
 BLOCK_ROWS, MAX_BLOCKS = 32, 4
@@ -26,7 +28,7 @@ class BlockPlan:
     shapes: (n, R, W) of each group; rows: int64 [sum n * R] and keys: int64 [sum n * W], indices into q and into k and v, a
     block's last one repeated where it has fewer; visible: bool [n, 1, R, W] of each group, None where all is; place: int64 [T],
     where in ``rows`` each row of q stands, or, for an empty one, the length of ``rows``. Of the three indices, one that counts
-    0, 1, 2 and so on is None: the tiles of a vision tower lie as they are needed.
+    0, 1, 2 and so on is None: the tiles of a vision tower lie as they are needed. num_rows, num_keys: T and S.
     """
 
     shapes: list[tuple[int, int, int]]
@@ -34,18 +36,26 @@ class BlockPlan:
     keys: Tensor | None
     visible: list[Tensor | None]
     place: Tensor | None
+    num_rows: int
+    num_keys: int
 
 
-def block_plan(kv_start: Tensor, kv_end: Tensor) -> BlockPlan:
-    """Cut the rows into blocks that lie in one document each, and group the blocks whose keys fall between two powers of two."""
-    start, end = kv_start.numpy(force=True), kv_end.numpy(force=True)
+def block_plan(kv_start: Tensor, kv_end: Tensor, num_keys: int) -> BlockPlan:
+    """Cut the rows into blocks that lie in one document each, and group the blocks whose keys fall between two powers of two.
+
+    Raises ValueError for bounds that fall, or that leave the ``num_keys`` keys.
+    """
+    # By lists, which torch.func can look into.
+    start, end = (np.array(bound.tolist(), np.int64) for bound in (kv_start, kv_end))
+    _check_bounds(start, end, num_keys)
+    size = len(start), num_keys
     if (start >= end).all():  # one block whose output no row takes: gradients are then zero, not missing
-        return BlockPlan([(1, 1, 1)], None, None, [None], torch.ones_like(kv_start, dtype=torch.int64))
+        return BlockPlan([(1, 1, 1)], None, None, [None], torch.ones_like(kv_start, dtype=torch.int64), *size)
     blocks = _cut_blocks(start, end)
-    size = np.ceil(np.log2(blocks[:, 3] - blocks[:, 2]))
+    width = np.ceil(np.log2(blocks[:, 3] - blocks[:, 2]))
     shapes, all_rows, all_keys, visible, place, taken = [], [], [], [], np.full(len(start), -1), 0
-    for s in np.unique(size):
-        row, row_end, key, key_end = blocks[size == s].T[:, :, None]
+    for w in np.unique(width):
+        row, row_end, key, key_end = blocks[width == w].T[:, :, None]
         rows, keys = row + np.arange((row_end - row).max()), key + np.arange((key_end - key).max())
         place[rows[rows < row_end]] = taken + np.flatnonzero(rows < row_end)
         taken += rows.size
@@ -60,7 +70,19 @@ def block_plan(kv_start: Tensor, kv_end: Tensor) -> BlockPlan:
     def index(x: np.ndarray) -> Tensor | None:
         return None if (x == np.arange(len(x))).all() else torch.from_numpy(x).to(kv_start.device)
 
-    return BlockPlan(shapes, index(np.concatenate(all_rows)), index(np.concatenate(all_keys)), visible, index(place))
+    return BlockPlan(shapes, index(np.concatenate(all_rows)), index(np.concatenate(all_keys)), visible, index(place), *size)
+
+
+def _check_bounds(start: np.ndarray, end: np.ndarray, num_keys: int) -> None:
+    for name, bound in (("kv_start", start), ("kv_end", end)):
+        falls = np.flatnonzero(np.diff(bound) < 0)
+        if len(falls):
+            t = int(falls[0]) + 1
+            raise ValueError(f"attention: {name} falls from {bound[t - 1]} to {bound[t]} at row {t}; neither bound may fall")
+    outside = np.flatnonzero((start < 0) | (end > num_keys))
+    if len(outside):
+        t = int(outside[0])
+        raise ValueError(f"attention: row {t} sees the keys {start[t]} to {end[t]}, but there are {num_keys}")
 
 
 def _cut_blocks(start: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -91,7 +113,7 @@ def attention_blocks(
     q_THD, k_SKD, v_SKD = (x if len(x) else F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (q_THD, k_SKD, v_SKD))
     num_rows, num_keys = [n * rows for n, rows, _ in plan.shapes], [n * keys for n, _, keys in plan.shapes]
     outputs, lses = [], []
-    with torch.autocast(q_THD.device.type, enabled=False):
+    with without_autocast(q_THD):
         q_rows = _take(q_THD.to(wide), plan.rows, sum(num_rows)).split(num_rows)
         k_rows, v_rows = (_take(x.to(wide), plan.keys, sum(num_keys)).split(num_keys) for x in (k_SKD, v_SKD))
         for (n, *_), q, k, v, visible in zip(plan.shapes, q_rows, k_rows, v_rows, plan.visible, strict=True):

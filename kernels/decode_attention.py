@@ -14,30 +14,36 @@ from torch import Tensor
 
 from .attention_kernels import LOG2E, MAX_HEAD_DIM, aligned, constants, forward_step, load_part, log_sum, store_part
 from .checks import check_scales
-from .dispatch import current_backend, runs_kernel
+from .dispatch import current_backend, runs_kernel, without_autocast, without_dispatcher
 from .launch import cdiv, configuration, convert, jit, launch, next_power_of_two, tl, unit_stride
 
 
 def decode_attention(
     q_BHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, lengths: Tensor, scale: float | None = None, softcap: float | None = None
 ) -> Tensor:
-    """Row b sees the keys 0 <= l < lengths[b], at least one. Not differentiable by intent.
+    """Row b sees the keys 0 <= l < lengths[b], at least one and at most L. Not differentiable by intent.
 
     q_BHD: [B, H, D]; k_BLKD, v_BLKD: [B, L, K, D], H a multiple of K; lengths: integer [B]. Returns [B, H, D] in q's dtype.
-    Raises ValueError when the shapes do not fit, or for a scale or softcap that is not positive.
+    Raises ValueError when shapes or dtypes do not fit, or for a scale or softcap that is not positive.
     """
-    B, H, D = q_BHD.shape
-    if k_BLKD.ndim != 4 or k_BLKD.shape != v_BLKD.shape or k_BLKD.shape[::3] != (B, D) or H % k_BLKD.shape[2] or lengths.shape != (B,):
-        raise ValueError(
-            f"decode_attention: q {tuple(q_BHD.shape)}, k {tuple(k_BLKD.shape)}, v {tuple(v_BLKD.shape)} and lengths "
-            f"{tuple(lengths.shape)} do not fit; expected [B, H, D], [B, L, K, D] twice and [B], H a multiple of K"
-        )
+    _check(q_BHD, k_BLKD, v_BLKD, lengths)
     check_scales("decode_attention", scale=scale, softcap=softcap)
-    scale = D**-0.5 if scale is None else scale
+    scale = q_BHD.shape[2] ** -0.5 if scale is None else scale
     implementation = current_backend(q_BHD)
     if implementation == "reference":
         return decode_attention_reference(q_BHD, k_BLKD, v_BLKD, lengths, scale, softcap)
-    return _decode_attention(q_BHD, k_BLKD, v_BLKD, lengths, scale, softcap or 0.0, implementation)
+    return _call(q_BHD, k_BLKD, v_BLKD, lengths, scale, softcap or 0.0, implementation)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
+    fits = q.ndim == 3 and k.ndim == 4 and k.shape == v.shape and (k.shape[0], k.shape[3]) == (q.shape[0], q.shape[2])
+    if not fits or not k.shape[2] or q.shape[1] % k.shape[2] or lengths.shape != q.shape[:1]:
+        raise ValueError(
+            f"decode_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and lengths {tuple(lengths.shape)} do not "
+            "fit; expected [B, H, D], [B, L, K, D] twice and [B], H a multiple of K"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"decode_attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; give all three one dtype")
 
 
 def decode_attention_reference(
@@ -47,16 +53,17 @@ def decode_attention_reference(
     B, H, D = q_BHD.shape
     K = k_BLKD.shape[2]
     visible = torch.arange(k_BLKD.shape[1], device=lengths.device) < lengths[:, None]
-    scores = torch.einsum("bkgd,blkd->bkgl", q_BHD.reshape(B, K, H // K, D), k_BLKD) * scale
-    if softcap:
-        scores = softcap * (scores / softcap).tanh()
-    weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
-    return torch.einsum("bkgl,blkd->bkgd", weights, v_BLKD).reshape(B, H, D)
+    with without_autocast(q_BHD):
+        scores = torch.einsum("bkgd,blkd->bkgl", q_BHD.reshape(B, K, H // K, D), k_BLKD) * scale
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
+        return torch.einsum("bkgl,blkd->bkgd", weights, v_BLKD).reshape(B, H, D)
 
 
-@jit(varying=("num_slices",))
+@jit(varying=("num_keys", "num_slices"))
 def _slice_kernel(
-    q, k, v, lengths, out, lse, groups, num_kv_heads, num_slices, scale, softcap, q_strides, k_strides, v_strides,
+    q, k, v, lengths, out, lse, groups, num_kv_heads, num_keys, num_slices, scale, softcap, q_strides, k_strides, v_strides,
     K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     CUT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -73,7 +80,7 @@ def _slice_kernel(
     k += (sequence * k_strides[0] + kv_head.to(tl.int64) * k_strides[1]) * ALIGN
     v += (sequence * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]) * ALIGN
     first = slice_index * SLICE
-    stop = tl.minimum(tl.load(lengths + sequence).to(tl.int32), first + SLICE)
+    stop = tl.minimum(tl.minimum(tl.load(lengths + sequence).to(tl.int32), num_keys), first + SLICE)
     start, length = tl.zeros([BLOCK_G], tl.int32) + first, tl.zeros([BLOCK_G], tl.int32) + tl.maximum(stop - first, 0)
     m, l = tl.full([BLOCK_G], -1e30, tl.float32), tl.zeros([BLOCK_G], tl.float32)
     acc1 = tl.zeros([BLOCK_G, D1], tl.float32)
@@ -122,7 +129,7 @@ def launch_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float
     parts, lse = q.new_empty(B, H, num_slices, D, dtype=torch.float32), q.new_empty(B, H, num_slices, dtype=torch.float32)
     launch(
         "decode_attention", _slice_kernel, (B * K, num_slices),
-        q, k, v, lengths, parts, lse, H // K, K, num_slices, scale, softcap, strides[:2], strides[2:4], strides[4:],
+        q, k, v, lengths.contiguous(), parts, lse, H // K, K, L, num_slices, scale, softcap, strides[:2], strides[2:4], strides[4:],
         config=config, K_STRIDE=k.stride(1), V_STRIDE=v.stride(1), ALIGN=align, BLOCK_G=max(16, next_power_of_two(H // K)),
         **constants(q, softcap),
     )  # fmt: skip
@@ -135,13 +142,18 @@ def launch_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float
     return out
 
 
-@torch.library.custom_op("smalt::decode_attention", mutates_args=())
-def _decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, softcap: float, implementation: str) -> Tensor:
+def _compute(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, softcap: float, implementation: str) -> Tensor:
     if runs_kernel(implementation, q, MAX_HEAD_DIM):
         return launch_decode(q, k, v, lengths, scale, softcap)
     return decode_attention_reference(q, k, v, lengths, scale, softcap).contiguous()
 
 
+_decode_attention = torch.library.custom_op("smalt::decode_attention", mutates_args=())(_compute)
+
+
 @_decode_attention.register_fake
 def _(q, k, v, lengths, scale, softcap, implementation):
     return q.new_empty(q.shape)
+
+
+_call = without_dispatcher(_decode_attention, _compute)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import once_differentiable
 
 from .launch import INTERPRET, triton
@@ -81,7 +83,7 @@ def runs_definition(implementation: str, x: Tensor) -> bool:
 
 
 def without_dispatcher(operator: Any, compute: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator of torch.library, or, where there are numbers on a CPU, its function: small tensors feel the dispatcher.
+    """An operator of torch.library, or, for plain torch on numbers, its function: small tensors feel the dispatcher.
 
     compute: what the operator is registered with. The first argument is a tensor, the last the implementation.
     """
@@ -103,9 +105,14 @@ def differentiable(operator: Any, compute: Callable[..., Any], setup: Callable[.
     return without_dispatcher(operator, plain.apply)
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Inside, the operands alone decide what products round to. Autocast does not know meta tensors."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def is_abstract(x: Tensor) -> bool:
     """True where no numbers exist: tracing, FakeTensor, meta. The registered operators then stand in for every implementation."""
-    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, torch._subclasses.FakeTensor)
+    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, (FakeTensor, FunctionalTensor))
 
 
 def _require_liger() -> None:

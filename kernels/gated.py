@@ -36,7 +36,6 @@ def _activate(x, GELU: tl.constexpr):
     return x * s, s * (1.0 + x * (1.0 - s))
 
 
-# Tiles on sm_90: BLOCK_T = 1, BLOCK_F = 2048 with 4 warps; a thread then loads 16 columns of each input.
 @jit(varying=("num_rows",))
 def _forward_kernel(
     gate, up, y, num_rows, num_columns, gate_stride, up_stride,
@@ -51,7 +50,6 @@ def _forward_kernel(
     tl.store(y + t[:, None] * num_columns + f[None, :], convert(value, y.dtype.element_ty), mask=inside)
 
 
-# Tiles on sm_90: BLOCK_T = 1, BLOCK_F = 1024 with 4 warps.
 @jit(varying=("num_rows",))
 def _backward_kernel(
     dy, gate, up, dgate, dup, num_rows, num_columns, dy_stride, gate_stride, up_stride, d_stride,

@@ -36,6 +36,8 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, temper
         )
     if 0 in weight.shape:
         raise ValueError(f"{name}: weight {tuple(weight.shape)} is empty")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"{name}: labels are {labels.dtype}; expected torch.int64, pass labels.long()")
     check_scales(name, temperature=temperature, softcap=softcap)
 
 
@@ -127,16 +129,21 @@ def backward_by_rows(
     return dhidden, dweight.to(weight.dtype)
 
 
+def _multiplies_into_fp32(a: Tensor) -> bool:
+    """Whether torch has products of 16 bits that give fp32 on a's device. CUDA does, ROCm does not: there a is made fp32 first."""
+    return a.is_cuda and a.element_size() == 2 and not torch.version.hip
+
+
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in fp32. Not rounded to 16 bits before its last sum, which a product that is split over K would be."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if _multiplies_into_fp32(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
 def _add_wide_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in fp32."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if _multiplies_into_fp32(a):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())

@@ -10,6 +10,7 @@ the function as it is, never to be called.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -76,8 +77,9 @@ def tanh(x):
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of fp32 are formed: exactly, unless torch was told that TF32 is good enough."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How products of fp32 are formed: exactly, unless torch was told that TF32 is good enough, and the chip has it."""
+    told = torch.backends.cuda.matmul.fp32_precision == "tf32"  # whichever of torch's ways it was told by
+    return "tf32" if dtype == torch.float32 and told and not torch.version.hip else "ieee"
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def configuration(kernel: str, size: int, x: Tensor) -> Config:
     """The launch configuration of a kernel for the chip and the dtype of x.
 
     ``size`` is what its tiles depend on (a head dim, a width): the row of the table with the smallest size that is not less
-    counts, else its largest. Raises KeyError where the table has no row at all.
+    counts, else its largest: kernels whose tiles must hold all of ``size`` take none beyond their largest row. Raises KeyError where
+    the table has no row at all.
     """
     rows = (_state.table or _read_table())[kernel, target(x), x.element_size() * 8]
     return next((config for limit, config in rows if size <= limit), rows[-1][1])
@@ -137,6 +140,11 @@ def _chip(index: int) -> str:
         return "gfx950" if properties.gcnArchName.startswith("gfx95") else "gfx942"
     # Chips between those of the table take the tiles of the one with their shared memory: 8.6 and 8.9 have that of 12.0.
     major, minor = properties.major, properties.minor
+    if major < 8:
+        raise RuntimeError(
+            f"{properties.name} has compute capability {major}.{minor}, and the kernels need 8.0 or more; "
+            "use smalt.kernels.backend('torch')"
+        )
     return {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor), "sm_100" if major in (10, 11) else "sm_120")
 
 
@@ -211,7 +219,7 @@ def observing(observer: Callable[[str, Config], None]) -> Iterator[None]:
 
 def as_rows(x: Tensor) -> Tensor:
     """x [..., D] as a matrix [rows, D] whose rows are contiguous each; a view where the strides allow one."""
-    return unit_stride(x.reshape(-1, x.shape[-1]))
+    return unit_stride(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
     return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)
 
 
-# Tiles on sm_90: BLOCK_T = 1 at widths of 1k to 4k with 4 to 8 warps, so that a thread holds 16 columns; ROWS = 64.
+# A program takes ROWS rows, so that weight and bias are read once for them.
 @jit(varying=("num_rows",))
 def _forward_kernel(
     x, weight, bias, y, mean, inverse, num_rows, num_columns, x_stride, eps,
@@ -72,7 +72,7 @@ def _forward_kernel(
         tl.store(inverse + t, rsqrt, mask=t < num_rows)
 
 
-# Tiles on sm_90: as forward; a thread then holds 16 columns of x, dy, weight, dw and db.
+# As forward; a program also adds up dw and db of its ROWS rows, so that there are few partial sums.
 @jit(varying=("num_rows",))
 def _backward_kernel(
     dy, x, weight, mean, inverse, dx, partial, num_rows, num_columns, dy_stride, x_stride,

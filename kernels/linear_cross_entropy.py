@@ -2,9 +2,9 @@
 
     nll[t] = lse[t] - z[t, labels[t]] + z_loss lse[t]^2,   z = the logits, lse = logsumexp_v(z)
 
-A small function of linear_statistics.py, where the formulas and the kernels are. The z-loss is that of Chowdhery et al. 2022
-(arXiv 2204.02311, section 5). Rows whose label is ``IGNORE`` cost nothing in plain torch, which drops them before the product;
-the kernels, which must not wait to see how many there are, skip blocks of rows that have none else.
+A small function of linear_statistics.py, where the formulas are. The z-loss is that of Chowdhery et al. 2022 (arXiv 2204.02311,
+section 5). Rows whose label is ``IGNORE`` cost nothing in plain torch, which drops them before the product; the kernels, which must
+not wait to see how many there are, skip blocks of rows that have none else.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def linear_cross_entropy(
 
     hidden_TD: [T, D], cast first where autocast is on; weight_VD: [V, D] of any float dtype, multiplied in hidden's; labels:
     int64 [T], a word or ``IGNORE``. Returns [T] in fp32 (fp64 for fp64 input), 0 where the label is ``IGNORE``; such a row gets
-    exactly no gradient. Raises ValueError when the shapes do not fit, temperature or softcap is not positive, or, on a CPU, a
-    label is out of range; elsewhere the loss of such a row is NaN. Liger has no temperature: with one, Smalt's kernels run.
+    exactly no gradient. Raises ValueError when the shapes or the dtype of labels do not fit, temperature or softcap is not
+    positive, or, on a CPU, a label is out of range; elsewhere the loss of such a row is NaN. Liger has no temperature: with one,
+    Smalt's kernels run.
     """
     check_head("linear_cross_entropy", hidden_TD, weight_VD, labels, temperature, softcap)
     checked = check_labels("linear_cross_entropy", labels, weight_VD.shape[0])

@@ -1,13 +1,14 @@
 """KL divergence from a teacher's head to a student's over the full vocabulary; the logits of neither ever exist at once.
 
-With z and y the logits of student and teacher (soft-capped, divided by the temperature; see linear_cross_entropy.py), p and q
+With z and y the logits of student and teacher (soft-capped, divided by the temperature; see linear_statistics.py), p and q
 their softmax:
 
     kl = sum_v q[v] (log q[v] - log p[v]) = sum_v q[v] (y[v] - z[v]) - (lse(y) - lse(z)),   dz[v] = g (p[v] - q[v])
 
 without the factor temperature^2 that Hinton et al. 2015 (arXiv 1503.02531, section 2) multiply by. The sum over q and the two
-lse are formed in one pass over the words, both products tile by tile; slices, merging and the walk of the backward pass are those
-of linear_cross_entropy.py. All is summed relative to the running maxima, so that a small divergence of large logits keeps its digits.
+lse are formed in one pass over the words, both products tile by tile; slices and merging are those of linear_statistics_kernels.py,
+the walk of the backward pass is that of head.py. All is summed relative to the running maxima, so that a small divergence of large
+logits keeps its digits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_scales
-from .dispatch import KERNEL_DTYPES, current_backend, differentiable, runs_kernel, without_dispatcher
+from .dispatch import KERNEL_DTYPES, current_backend, differentiable, runs_kernel, without_autocast, without_dispatcher
 from .head import (
     backward_by_rows,
     backward_by_words,
@@ -90,7 +91,7 @@ def kl_of_logits(z: Tensor, y: Tensor) -> Tensor:
     return (log_q.exp() * (log_q - z.log_softmax(-1))).masked_fill(log_q == -torch.inf, 0.0).sum(-1).to(z.dtype)
 
 
-# Two products to a tile, so half the words of linear_cross_entropy's: on sm_90 128 x 128 with BLOCK_K = 64, 8 warps, 3 stages.
+# Two products to a tile, so twice the accumulators of linear_statistics': where registers are short, tiles are smaller.
 @jit(varying=("num_rows",))
 def _forward_kernel(
     hidden, weight, teacher_hidden, teacher_weight, partial, num_rows, num_words, width, teacher_width,
@@ -190,7 +191,7 @@ def _backward_kernel(
 
 
 def forward_traffic(T: int, V: int, D: int, E: int, itemsize: int, tiles: dict[str, int]) -> int:
-    """Bytes that the two forward kernels load and store, counted as in linear_cross_entropy.py; both hidden states of one itemsize."""
+    """Bytes that the two forward kernels load and store, counted as in linear_statistics_kernels.py; hidden states of one itemsize."""
     products, _ = product_traffic(T, V, D + E, itemsize, tiles, tiles["SLICE"])
     return products + T * (cdiv(V, tiles["SLICE"]) * 2 * 5 * 4 + 3 * 4)
 
@@ -201,14 +202,20 @@ def backward_traffic(T: int, V: int, D: int, E: int, itemsize: int, tiles: dict[
     return products + T * word_tiles * 2 * 3 * 4 + T * V * itemsize
 
 
+def _wider(hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
+    """The one whose bits choose the tiles: those for 16 bits are neither meant nor compiled for products of fp32."""
+    return max(hidden, teacher_hidden, key=Tensor.element_size)
+
+
 def launch_forward(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
     temperature: float, softcap: float | None, teacher_softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """kl [T], and lse [2, T] of student and teacher. All inputs contiguous, each weight of the dtype of its hidden states."""
     (T, D), V, E = hidden.shape, weight.shape[0], teacher_hidden.shape[1]
-    config = configuration("linear_distillation_forward", D, hidden)
-    merge = configuration("linear_distillation_merge", D, hidden)
+    wider = _wider(hidden, teacher_hidden)
+    config = configuration("linear_distillation_forward", D, wider)
+    merge = configuration("linear_distillation_merge", D, wider)
     slices = cdiv(V, config.tiles["SLICE"])
     partial, kl, lses = (hidden.new_empty(*shape, dtype=torch.float32) for shape in ((slices, 5, T), (T,), (2, T)))
     launch(
@@ -227,7 +234,7 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dhidden and dweight, each in its input's dtype; weights may be wider than the hidden states. All inputs contiguous."""
     (T, D), V, E = hidden.shape, weight.shape[0], teacher_hidden.shape[1]
-    config = configuration("linear_distillation_backward", D, hidden)
+    config = configuration("linear_distillation_backward", D, _wider(hidden, teacher_hidden))
 
     def write(dx: Tensor, words: Tensor, first: int) -> None:
         n = words.shape[0]
@@ -276,7 +283,7 @@ def _compute(
     temperature: float, softcap: float | None, teacher_softcap: float | None, implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     options = (temperature, softcap, teacher_softcap)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         if runs_kernel(implementation, hidden):
             words, teacher_words = weight.to(hidden.dtype), teacher_weight.to(teacher_hidden.dtype)
             tensors = (x.contiguous() for x in (hidden, words, teacher_hidden, teacher_words))
@@ -299,7 +306,7 @@ def _gradient(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     options = (temperature, softcap, teacher_softcap, need_hidden, need_weight)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         if runs_kernel(implementation, hidden):
             tensors = (x.contiguous() for x in (g, lses, hidden, weight, teacher_hidden, teacher_weight))
             return launch_backward(*tensors, *options)  # type: ignore[call-arg, arg-type]

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .column_sum import column_sum
-from .dispatch import current_backend, differentiable, runs_kernel, without_dispatcher
+from .dispatch import current_backend, differentiable, runs_kernel, without_autocast, without_dispatcher
 from .launch import as_rows, cdiv, configuration, constexpr, convert, dot, jit, launch, precision, tl
 
 # Row blocks that share one pass over the weight while it is in the L2 cache.
@@ -54,7 +54,8 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def matmul_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The definition; nothing is promised of its bits."""
-    return F.linear(x, weight, bias)
+    with without_autocast(x):
+        return F.linear(x, weight, bias)
 
 
 @jit
@@ -66,8 +67,7 @@ def _tile(num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.con
     return group * GROUP + place % height, place // height
 
 
-# Expected on sm_90 in 16 bits: BLOCK_T=128, BLOCK_N=256, BLOCK_K=64, 8 warps, 3 stages; BLOCK_N=128 where N is small, and 32 in K
-# for fp32. A generation step of a few rows computes BLOCK_T of them: it waits for the weight anyway, which is read once.
+# A generation step of a few rows computes BLOCK_T of them: it waits for the weight anyway, which is read once.
 @jit(varying=("num_rows",))
 def _kernel(
     x, weight, bias, out, num_rows, num_columns, depth, x_stride, column_stride, depth_stride,
@@ -93,7 +93,6 @@ def _kernel(
     tl.store(out + t[:, None] * num_columns + n[None, :], convert(total, out.dtype.element_ty), mask=row & column)
 
 
-# Expected on sm_90 in 16 bits: BLOCK_N=128, BLOCK_K=256, BLOCK_T=64, 8 warps, 3 stages.
 @jit(varying=("num_rows",))
 def _weight_kernel(
     dy, x, dw, num_rows, num_columns, depth, dy_stride, x_stride,

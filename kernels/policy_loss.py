@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import current_backend
-from .launch import cdiv, configuration, constexpr, jit, launch, tl
+from .dispatch import current_backend, is_abstract
+from .policy_loss_kernels import launch_policy_loss, launch_sequence_log_ratio
 
 SAMPLED, FORCED = 0, 1
 AGGREGATIONS = ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_mean_token_sum_norm")
@@ -116,10 +116,11 @@ def policy_loss(
 
     logprob: [T] in nats; old_logprob, advantage, reference_logprob, rollout_logprob: [T]; all of any float dtype. weight: float [T],
     from :func:`token_weights`; the losses of all ranks add up to that of the batch. provenance: bool or integer [T], SAMPLED or
-    FORCED. With ratio "sequence" also sequence_index: int [T], below S where a token counts, and sequence_log_ratio: float [S]: of
-    each sequence the mean of logprob - old_logprob over its tokens that count, from :func:`sequence_log_ratio_sums`. Returns the
-    loss in fp32 (fp64 for fp64).
-    Raises ValueError where a shape does not fit, or an input is missing that the options need or given that they do not use.
+    FORCED. With ratio "sequence" also sequence_index: int [T], in [0, S) where a token counts, and sequence_log_ratio: float [S]:
+    of each sequence the mean of logprob - old_logprob over its tokens that count, from :func:`sequence_log_ratio_sums`. Returns the
+    loss in fp32 (fp64 for fp64). On a GPU a token that counts and is of no sequence makes the loss and its own gradient NaN.
+    Raises ValueError where a shape does not fit, or an input is missing that the options need or given that they do not use; on a
+    CPU also for a token that counts and is of no sequence.
     """
     tokens = {
         "logprob": logprob, "old_logprob": old_logprob, "advantage": advantage, "weight": weight, "provenance": provenance,
@@ -133,6 +134,8 @@ def policy_loss(
     by_sequence = options.ratio == "sequence"
     if (sequence_index is None) is by_sequence or (sequence_log_ratio is None) is by_sequence:
         raise ValueError(f'policy_loss: sequence_index and sequence_log_ratio go with ratio "sequence"; ratio is "{options.ratio}"')
+    if sequence_index is not None and sequence_log_ratio is not None:
+        _check_range("policy_loss", sequence_index, sequence_log_ratio.shape[0], weight, provenance)
     optional = provenance, reference_logprob, rollout_logprob, sequence_index, sequence_log_ratio
     if current_backend(logprob) in ("torch", "reference"):
         return policy_loss_reference(logprob, old_logprob, advantage, weight, options, *optional)
@@ -157,9 +160,10 @@ def policy_loss_reference(
     lp, old, A, w = take(logprob, detach=False), take(old_logprob), take(advantage), take(weight)
     log_ratio = lp - old
     if sequence_log_ratio is not None and sequence_index is not None:
-        index = torch.where(counts, sequence_index, 0).long()
-        mean = sequence_log_ratio.detach().to(wide)[index] if sequence_log_ratio.numel() else torch.zeros_like(lp)
-        log_ratio = take(mean) + (lp - lp.detach())
+        index, S = sequence_index.long(), sequence_log_ratio.shape[0]
+        # The last of these is for tokens of no sequence.
+        means = torch.nn.functional.pad(sequence_log_ratio.detach().to(wide), (0, 1), value=math.nan)
+        log_ratio = take(means[torch.where((index >= 0) & (index < S), index, S)]) + (lp - lp.detach())
     r = log_ratio.exp()
     low, high = 1 - options.clip_low, 1 + options.clip_high
     clipped = r.clamp(low, high)
@@ -198,7 +202,11 @@ def counted(weight: Tensor, provenance: Tensor | None) -> Tensor:
 
 
 def sequence_tokens(mask: Tensor, provenance: Tensor | None, sequence_index: Tensor, num_sequences: int) -> Tensor:
-    """int64 [S]: how many tokens of each sequence count. Arguments as in :func:`token_weights`; sequence_index never falls."""
+    """int64 [S]: how many tokens of each sequence count. Arguments as in :func:`token_weights`; sequence_index never falls.
+
+    Raises ValueError where it does, on a CPU.
+    """
+    _check_order("sequence_tokens", sequence_index)
     before = torch.nn.functional.pad(counted(mask, provenance).long().cumsum(0), (1, 0))
     sequences = torch.arange(num_sequences + 1, device=mask.device, dtype=sequence_index.dtype)
     return before[torch.searchsorted(sequence_index, sequences)].diff()
@@ -224,13 +232,15 @@ def token_weights(
 
     mask: bool or float [T], by which a token's share is multiplied; provenance: [T], SAMPLED or FORCED; sequence_index: int [T];
     tokens: [S], counts over all ranks; denominator: over all ranks. Tokens that do not count get 0, whatever the denominator.
-    Raises ValueError for an unknown aggregation.
+    Raises ValueError for an unknown aggregation, and on a CPU where the counts are needed for a token that counts and is of no
+    sequence.
     """
     _check_aggregation(aggregation)
     wide = mask.dtype if mask.dtype == torch.float64 else torch.float32
     counts = counted(mask, provenance)
     divisor = torch.as_tensor(denominator, device=mask.device).to(wide)
     if aggregation == "sequence_mean_token_mean":
+        _check_range("token_weights", sequence_index, len(tokens), mask, provenance)
         divisor = divisor * tokens[torch.where(counts, sequence_index, 0).long()] if len(tokens) else divisor
     return torch.where(counts, mask.to(wide) / divisor, 0)
 
@@ -241,10 +251,12 @@ def sequence_log_ratio_sums(
     """For each sequence the sum of logprob - old_logprob over its tokens that count, and their number: fp32 [S], no gradient.
 
     sequence_index: int [T], never falling; what is not in [0, num_sequences) belongs to none. A sequence's sum has the same bits
-    wherever it stands in the pack. Ranks that share sequences add both before they divide. Raises ValueError for unlike shapes.
+    wherever it stands in the pack. Ranks that share sequences add both before they divide. Raises ValueError for unlike shapes, and
+    on a CPU where sequence_index falls.
     """
     tokens = {"logprob": logprob, "old_logprob": old_logprob, "weight": weight, "provenance": provenance}
     _check_shapes("sequence_log_ratio_sums", {**tokens, "sequence_index": sequence_index})
+    _check_order("sequence_log_ratio_sums", sequence_index)
     if current_backend(logprob) not in ("torch", "reference"):
         return _sequence_log_ratio(logprob.detach(), old_logprob.detach(), weight.detach(), provenance, sequence_index, num_sequences)
     wide = torch.promote_types(logprob.dtype, torch.float32)
@@ -267,125 +279,28 @@ def _check_shapes(name: str, tokens: dict[str, Tensor | None]) -> None:
             raise ValueError(f"{name}: {key} is {tuple(x.shape)}, logprob {tuple(shape)}; expected [T]")
 
 
-_NUM_SUMS, _NUM_PARTS = constexpr(10), constexpr(12)  # the loss, the metrics; the last two are extremes
+def _check_order(name: str, sequence_index: Tensor) -> None:
+    """Raises ValueError where sequence_index falls; on a CPU only, since a GPU would have to be waited for."""
+    if sequence_index.device.type != "cpu" or is_abstract(sequence_index):
+        return
+    falls = sequence_index[1:] < sequence_index[:-1]
+    if falls.any():
+        row = int(falls.nonzero()[0]) + 1
+        before, after = sequence_index[row - 1 : row + 1].tolist()
+        raise ValueError(f"{name}: sequence_index falls from {before} to {after} at row {row}; put the sequences in order")
 
 
-@jit
-def _k3(x):
-    """exp(x) - 1 - x; near 0, where that difference has no digits left, by its series."""
-    series = 1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320)))
-    series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * series)))
-    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0 - x)
-
-
-@jit
-def _load(pointer, t, inside, counts):
-    # All loads are under way before it is known which tokens count.
-    return tl.where(counts, tl.load(pointer + t, mask=inside, other=0.0).to(tl.float32), 0.0)
-
-
-# On sm_90: BLOCK=512 and 4 warps. A pack of 32k tokens is 64 programs and under 1 MB, so that the launch is what it costs.
-@jit(varying=("num_tokens",))
-def _kernel(
-    logprob, old_logprob, advantage, weight, provenance, reference_logprob, rollout_logprob, sequence_index, sequence_log_ratio,
-    gradient, partial, num_tokens, low, high, dual, kl_coefficient, cap, BLOCK: tl.constexpr, PROVENANCE: tl.constexpr,
-    ESTIMATOR: tl.constexpr, TIS: tl.constexpr, SEQUENCE: tl.constexpr, CISPO: tl.constexpr, DUAL: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = t < num_tokens
-    w = tl.load(weight + t, mask=inside, other=0.0).to(tl.float32)
-    counts = w != 0.0
-    if PROVENANCE:
-        counts = counts & (tl.load(provenance + t, mask=inside, other=0) == 0)
-    w = tl.where(counts, w, 0.0)
-    lp, old = _load(logprob, t, inside, counts), _load(old_logprob, t, inside, counts)
-    A = _load(advantage, t, inside, counts)
-    log_ratio = lp - old
-    kl_old = _k3(log_ratio)
-    if SEQUENCE:
-        index = tl.load(sequence_index + t, mask=inside, other=0).to(tl.int64)
-        log_ratio = tl.load(sequence_log_ratio + index, mask=counts, other=0.0).to(tl.float32)
-    r = tl.exp(log_ratio)
-    clipped = tl.minimum(tl.maximum(r, low), high)
-    held = counts & False
-    if CISPO:
-        slope = clipped * A
-        term = slope * lp
-        at_low, at_high = r < low, r > high
-    else:
-        over = r * A > clipped * A
-        term = tl.where(over, clipped * A, r * A)
-        at_low, at_high = over & (A < 0.0), over & (A > 0.0)
-        slope = tl.where(over, 0.0, r * A)
-        if DUAL:
-            held = (A < 0.0) & (term < dual * A)
-            slope = tl.where(held, 0.0, slope)
-            term = tl.where(held, dual * A, term)
-    tis = tl.where(counts, 1.0, 0.0)
-    truncated = counts & False
-    if TIS:
-        tis = tl.exp(old - _load(rollout_logprob, t, inside, counts))
-        truncated = tis > cap
-        tis = tl.minimum(tis, cap)
-    kl = tl.zeros([BLOCK], tl.float32)
-    kl_slope = kl
-    if ESTIMATOR >= 0:
-        d = lp - _load(reference_logprob, t, inside, counts)
-        if ESTIMATOR == 0:
-            kl, kl_slope = d, tl.where(counts, 1.0, 0.0)
-        elif ESTIMATOR == 1:
-            kl, kl_slope = 0.5 * d * d, d
-        else:
-            kl = _k3(-d)
-            kl_slope = d - kl
-    tl.store(gradient + t, w * (kl_coefficient * kl_slope - tis * slope), mask=inside)
-    row = partial + tl.program_id(0).to(tl.int64) * _NUM_PARTS
-    tl.store(row, tl.sum(w * (kl_coefficient * kl - tis * term)))
-    tl.store(row + 1, tl.sum(tl.where(counts, 1.0, 0.0)))
-    tl.store(row + 2, tl.sum(tl.where(counts & at_low, 1.0, 0.0)))
-    tl.store(row + 3, tl.sum(tl.where(counts & at_high, 1.0, 0.0)))
-    tl.store(row + 4, tl.sum(tl.where(counts & held, 1.0, 0.0)))
-    tl.store(row + 5, tl.sum(kl_old))
-    tl.store(row + 6, tl.sum(kl))
-    tl.store(row + 7, tl.sum(tl.where(counts, r, 0.0)))
-    tl.store(row + 8, tl.sum(tl.where(counts & truncated, 1.0, 0.0)))
-    tl.store(row + 9, tl.sum(tl.where(counts, tis, 0.0)))
-    tl.store(row + 10, tl.max(tl.where(counts, r, -float("inf"))))
-    tl.store(row + 11, tl.max(tl.where(counts, -r, -float("inf"))))
-
-
-@jit(varying=("num_programs",))
-def _sums_kernel(partial, loss, metrics, num_programs, BLOCK_P: tl.constexpr):
-    """Adds up the parts of all programs in their order, and takes the largest of the last two."""
-    column = tl.arange(0, 16)
-    total = tl.zeros([16], tl.float32)
-    largest = tl.full([16], -float("inf"), tl.float32)
-    for first in range(0, num_programs, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)
-        inside = (p < num_programs)[:, None] & (column < _NUM_PARTS)[None, :]
-        parts = tl.load(partial + p.to(tl.int64)[:, None] * _NUM_PARTS + column[None, :], mask=inside, other=0.0)
-        total += tl.sum(parts, axis=0)
-        largest = tl.maximum(largest, tl.max(tl.where(inside, parts, -float("inf")), axis=0))
-    out = tl.where(column < _NUM_SUMS, total, tl.where(column == _NUM_SUMS, largest, -largest))
-    tl.store(loss, tl.sum(tl.where(column == 0, total, 0.0)))
-    tl.store(metrics + column - 1, out, mask=(column > 0) & (column < _NUM_PARTS))
-
-
-# On sm_90: BLOCK=1024 and 4 warps; a program owns a sequence and walks through it from its first token.
-@jit
-def _sequence_kernel(logprob, old_logprob, weight, provenance, bounds, sums, counts, BLOCK: tl.constexpr, PROVENANCE: tl.constexpr):
-    begin, end = tl.load(bounds + tl.program_id(0)), tl.load(bounds + tl.program_id(0) + 1)
-    total, number = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for first in range(begin, end, BLOCK):
-        t = first + tl.arange(0, BLOCK)
-        inside = t < end
-        counted = tl.load(weight + t, mask=inside, other=0.0) != 0.0
-        if PROVENANCE:
-            counted = counted & (tl.load(provenance + t, mask=inside, other=0) == 0)
-        total += _load(logprob, t, inside, counted) - _load(old_logprob, t, inside, counted)
-        number += tl.where(counted, 1.0, 0.0)
-    tl.store(sums + tl.program_id(0), tl.sum(total))
-    tl.store(counts + tl.program_id(0), tl.sum(number))
+def _check_range(name: str, sequence_index: Tensor, num_sequences: int, weight: Tensor, provenance: Tensor | None) -> None:
+    """Raises ValueError for a token that counts and is of no sequence; on a CPU only, likewise."""
+    if sequence_index.device.type != "cpu" or is_abstract(sequence_index):
+        return
+    outside = counted(weight, provenance) & ((sequence_index < 0) | (sequence_index >= num_sequences))
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"{name}: sequence_index of row {row}, which counts, is {int(sequence_index[row])}; there are {num_sequences} sequences, "
+            "counted from 0"
+        )
 
 
 @torch.library.custom_op("smalt::policy_loss", mutates_args=())
@@ -397,29 +312,6 @@ def _policy_loss(
     optional = (provenance, reference_logprob, rollout_logprob, sequence_index, sequence_log_ratio)
     dense = [None if x is None else x.contiguous() for x in (logprob, old_logprob, advantage, weight, *optional)]
     return launch_policy_loss(*dense, cispo, estimator, numbers)  # type: ignore[arg-type, call-arg]
-
-
-def launch_policy_loss(
-    logprob: Tensor, old_logprob: Tensor, advantage: Tensor, weight: Tensor, provenance: Tensor | None,
-    reference_logprob: Tensor | None, rollout_logprob: Tensor | None, sequence_index: Tensor | None,
-    sequence_log_ratio: Tensor | None, cispo: bool, estimator: int, numbers: list[float],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, metrics [11] and d loss / d logprob [T], all fp32. numbers: low, high, dual (0: none), KL coefficient, cap."""
-    T, config = logprob.shape[0], configuration("policy_loss", 1, logprob)
-    programs = cdiv(T, config.tiles["BLOCK"])
-    shapes: tuple[tuple[int, ...], ...] = (T,), (programs, 12), (), (11,)
-    gradient, partial, loss, metrics = (logprob.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    optional = [
-        weight if x is None else x for x in (provenance, reference_logprob, rollout_logprob, sequence_index, sequence_log_ratio)
-    ]
-    launch(
-        "policy_loss", _kernel, (programs,), logprob, old_logprob, advantage, weight, *optional, gradient, partial, T, *numbers,
-        config=config, PROVENANCE=provenance is not None, ESTIMATOR=-1 if reference_logprob is None else estimator,
-        TIS=rollout_logprob is not None, SEQUENCE=sequence_index is not None, CISPO=cispo, DUAL=numbers[2] > 0,
-    )  # fmt: skip
-    config = configuration("policy_loss_sums", 1, partial)
-    launch("policy_loss_sums", _sums_kernel, (1,), partial, loss, metrics, programs, config=config)
-    return loss, metrics, gradient
 
 
 @_policy_loss.register_fake
@@ -448,21 +340,6 @@ def _sequence_log_ratio(
 ) -> tuple[Tensor, Tensor]:
     dense = [None if x is None else x.contiguous() for x in (logprob, old_logprob, weight, provenance, sequence_index)]
     return launch_sequence_log_ratio(*dense, num_sequences)  # type: ignore[arg-type, call-arg]
-
-
-def launch_sequence_log_ratio(
-    logprob: Tensor, old_logprob: Tensor, weight: Tensor, provenance: Tensor | None, sequence_index: Tensor, num_sequences: int
-) -> tuple[Tensor, Tensor]:
-    """Sums and counts of each sequence, fp32 [S]. Inputs contiguous."""
-    sequences = torch.arange(num_sequences + 1, device=logprob.device, dtype=sequence_index.dtype)
-    bounds = torch.searchsorted(sequence_index, sequences)
-    sums, counts = (logprob.new_empty(num_sequences, dtype=torch.float32) for _ in range(2))
-    launch(
-        "sequence_log_ratio", _sequence_kernel, (num_sequences,), logprob, old_logprob, weight,
-        weight if provenance is None else provenance, bounds, sums, counts,
-        config=configuration("sequence_log_ratio", 1, logprob), PROVENANCE=provenance is not None,
-    )  # fmt: skip
-    return sums, counts
 
 
 @_sequence_log_ratio.register_fake

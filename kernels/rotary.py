@@ -69,7 +69,6 @@ def _wide(x: Tensor, cos: Tensor) -> torch.dtype:
 # Widths are constants, and strides come divided by ALIGN, so that the compiler knows what they are multiples of: it loads 16 bytes at
 # once where the head dim is 64 or 80, and 8 where it is 72 and the second half of a head begins 72 bytes after the first.
 # A program holds BLOCK_T tokens and goes through all their heads, BLOCK_H at a time, so that the table is read once a token.
-# Tiles on sm_90, 32 heads of 128: BLOCK_T = 2, BLOCK_H = 8, 4 warps: 16 numbers a thread; fewer heads: more tokens.
 @jit(varying=("num_tokens",))
 def _rotate_kernel(
     x, cos, sin, weight, y, num_tokens, num_heads, token_stride, head_stride, eps, ALIGN: tl.constexpr,
@@ -113,7 +112,6 @@ def _rotate_kernel(
             tl.store(target + j[None, None, :], convert(rest, y.dtype.element_ty), mask=beyond)
 
 
-# Tiles on sm_90, 32 heads of 128: ROWS = 16, BLOCK_T = 1, BLOCK_H = 8, 4 warps: 8 numbers of each of six tiles a thread.
 @jit(varying=("num_tokens",))
 def _norm_backward_kernel(
     dy, x, cos, sin, weight, dx, partial, num_tokens, num_heads, dy_token_stride, dy_head_stride, token_stride, head_stride, eps,

@@ -12,6 +12,7 @@ Angles are formed in float64, once per pack: fp32 loses position 100,000. The ta
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +72,7 @@ def rotary_table(
     rotary_dim: R, the head dim, or less, where only the first R dims of each head rotate. Raises ValueError when it is odd.
     """
     frequencies = _frequencies(rotary_dim, theta, positions.device)
-    return _table(positions[None], None, frequencies, theta, dtype, scaling)
+    return _table(positions[None], [], frequencies, theta, dtype, scaling)
 
 
 def mrope_table(
@@ -92,10 +93,10 @@ def mrope_table(
             f"mrope_table: sections {sections} of {half} pairs; expected three with that sum, none beyond it when interleaved"
         )
     if interleaved:
-        axis = [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(half)]
+        pairs = [slice(axis, 3 * sections[axis], 3) for axis in (1, 2)]
     else:
-        axis = [a for a, size in enumerate(sections) for _ in range(size)]
-    return _table(positions_3T, axis, _frequencies(rotary_dim, theta, positions_3T.device), theta, dtype, scaling)
+        pairs = [slice(sections[0], half - sections[2]), slice(half - sections[2], half)]
+    return _table(positions_3T, pairs, _frequencies(rotary_dim, theta, positions_3T.device), theta, dtype, scaling)
 
 
 def rotary_table_2d(positions_2T: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -108,9 +109,8 @@ def rotary_table_2d(positions_2T: Tensor, rotary_dim: int, theta: float, dtype: 
         raise ValueError(
             f"rotary_table_2d: positions {tuple(positions_2T.shape)}, rotary_dim {rotary_dim}; expected [2, T] and a multiple of 4"
         )
-    quarter = rotary_dim // 4
     frequencies = _frequencies(rotary_dim // 2, theta, positions_2T.device).repeat(2)
-    return _table(positions_2T, [0] * quarter + [1] * quarter, frequencies, theta, dtype, None)
+    return _table(positions_2T, [slice(rotary_dim // 4, None)], frequencies, theta, dtype, None)
 
 
 def _frequencies(rotary_dim: int, theta: float, device: torch.device) -> Tensor:
@@ -120,14 +120,15 @@ def _frequencies(rotary_dim: int, theta: float, device: torch.device) -> Tensor:
 
 
 def _table(
-    positions_AT: Tensor, axis: list[int] | None, frequencies: Tensor, theta: float, dtype: torch.dtype, scaling: YarnScaling | None
+    positions_AT: Tensor, pairs: Sequence[slice], frequencies: Tensor, theta: float, dtype: torch.dtype, scaling: YarnScaling | None
 ) -> tuple[Tensor, Tensor]:
-    """axis: the row of positions that each frequency takes; None: there is one row."""
+    """pairs: which turn with each row of positions after the first; the rest turn with the first."""
     magnitude = 1.0
     if scaling is not None:
         frequencies, magnitude = scaling.scale(frequencies, theta), scaling.magnitude
-    position = positions_AT.T.to(torch.float64)
-    if axis is not None:
-        position = position.index_select(1, torch.tensor(axis, device=position.device))
-    angle = position * frequencies
+    positions = positions_AT.to(torch.float64)[..., None]
+    angle = positions[0] * frequencies
+    # By slices: a list of indices would be copied to the GPU at each call, which waits for it and cannot be captured in a graph.
+    for position, some in zip(positions[1:], pairs, strict=True):
+        angle[:, some] = position * frequencies[some]
     return (angle.cos() * magnitude).to(dtype), (angle.sin() * magnitude).to(dtype)

@@ -157,7 +157,7 @@ def _gelu_backward(size: int, dtype: torch.dtype) -> None:
 
 
 def _head_forward(size: int, dtype: torch.dtype) -> None:
-    from smalt.kernels.linear_statistics import launch_forward
+    from smalt.kernels.linear_statistics_kernels import launch_forward
 
     hidden, weight, labels = meta(ROWS, size, dtype=dtype), meta(VOCABULARY, size, dtype=dtype), meta(ROWS, dtype=torch.int64)
     for nll_only in (True, False):
@@ -165,7 +165,7 @@ def _head_forward(size: int, dtype: torch.dtype) -> None:
 
 
 def _head_backward(size: int, dtype: torch.dtype) -> None:
-    from smalt.kernels.linear_statistics import launch_backward
+    from smalt.kernels.linear_statistics_kernels import launch_backward
 
     hidden, weight, labels = meta(ROWS, size, dtype=dtype), meta(VOCABULARY, size, dtype=dtype), meta(ROWS, dtype=torch.int64)
     row = _fp32(ROWS)
@@ -192,7 +192,7 @@ def _distillation_backward(size: int, dtype: torch.dtype) -> None:
 
 
 def _policy_loss(size: int, dtype: torch.dtype) -> None:
-    from smalt.kernels.policy_loss import launch_policy_loss
+    from smalt.kernels.policy_loss_kernels import launch_policy_loss
 
     x, index, sampled = meta(ROWS, dtype=dtype), meta(ROWS, dtype=torch.int64), meta(ROWS, dtype=torch.bool)
     numbers = [0.2, 0.28, 0.0, 1e-3, 2.0]
@@ -201,7 +201,7 @@ def _policy_loss(size: int, dtype: torch.dtype) -> None:
 
 
 def _sequence_log_ratio(size: int, dtype: torch.dtype) -> None:
-    from smalt.kernels.policy_loss import launch_sequence_log_ratio
+    from smalt.kernels.policy_loss_kernels import launch_sequence_log_ratio
 
     x, sampled = meta(ROWS, dtype=dtype), meta(ROWS, dtype=torch.bool)
     launch_sequence_log_ratio(x, x, _fp32(ROWS), sampled, meta(ROWS, dtype=torch.int64), 64)

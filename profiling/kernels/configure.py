@@ -21,7 +21,7 @@ from .launch_model import KERNELS, ranked, row, sizes
 
 Row = dict[str, Any]
 Key = tuple[str, str, int, int]  # kernel, target, bits, size
-MAX_ROUNDS = 12
+MAX_ROUNDS = 40
 SPILLS = " spills"
 
 
@@ -58,8 +58,9 @@ def configure(kernel: str | None = None, targets: Iterable[str] = TARGETS, jobs:
         open_keys = set(failed)
         if not open_keys:
             return [rows[0] for rows in left.values()], refused
-    refused += [f"{key}: nothing in {MAX_ROUNDS} rounds; its rows are left as they are" for key in sorted(open_keys)]
-    return [rows[0] for key, rows in left.items() if key not in open_keys], refused
+    refused += [f"{key}: nothing in {MAX_ROUNDS} rounds; its row is left as it is" for key in sorted(open_keys)]
+    left_alone = [r for r in read_rows() if _key(r) in open_keys]
+    return [rows[0] for key, rows in left.items() if key not in open_keys] + left_alone, refused
 
 
 def _failures(rows: dict[Key, Row], open_keys: set[Key], jobs: int) -> dict[Key, str]:
@@ -91,9 +92,8 @@ def _failures(rows: dict[Key, Row], open_keys: set[Key], jobs: int) -> dict[Key,
 
 def _rows_of_others(rows: dict[Key, Row]) -> list[Row]:
     """Shipped rows of kernels that are not being configured."""
-    shipped = [r for path in sorted(TABLES.glob("*.json")) for r in json.loads(path.read_text())]
-    present = {(r["kernel"], r["target"], r["bits"]) for r in rows.values()}
-    return [r for r in shipped if (r["kernel"], r["target"], r["bits"]) not in present]
+    present = {key[:3] for key in rows}
+    return [r for r in read_rows() if _key(r)[:3] not in present]
 
 
 def _complaint(compiled: Row) -> str:
@@ -109,6 +109,15 @@ def _complaint(compiled: Row) -> str:
 
 def _same(chosen: Row, compiled: Row) -> bool:
     return all(chosen[name] == compiled[name] for name in ("kernel", "target", "tiles", "num_warps", "num_stages"))
+
+
+def _key(r: Row) -> Key:
+    return r["kernel"], r["target"], r["bits"], r["size"]
+
+
+def read_rows(folder: Path = TABLES) -> list[Row]:
+    """All rows of the launch tables."""
+    return [r for path in sorted(folder.glob("*.json")) for r in json.loads(path.read_text())]
 
 
 def describe(r: Row) -> str:

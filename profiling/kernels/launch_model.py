@@ -148,8 +148,9 @@ class MatrixKernel:
         # fp32 is multiplied exactly, by the ordinary units.
         matrix = (chip.matrix or AMD_MATRIX[target]) if bits == 16 else 2 * chip.fma
         pieces = self.cut and bits == 32
-        # A warp multiplies 16 rows at least; with fewer, warps share rows, which a sum over a row must not do.
-        least = 4 if pieces else 16 if self.sums else 8
+        # A warp multiplies 16 rows at least; with fewer, warps share rows, which a sum over a row should not do if the outputs of
+        # 16 rows fit into a warp's registers.
+        least = 4 if pieces else 16 if self.sums and size <= 128 else 8
         for values in itertools.product(*self.choices.values()):
             tiles = dict(zip(self.choices, values, strict=True))
             for warps, stages in itertools.product((2, 4, 8), (1,) if pieces else (1, 2, 3, 4)):

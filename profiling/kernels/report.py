@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .check import Outcome, Row
+from smalt.kernels.launch import TARGETS
+
+from .check import TABLE, Outcome, Row
 
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 SHOWN = "sm_90"  # the chip in the file
@@ -38,8 +41,18 @@ the chip's peak of matrix instructions that the loop allows when all pipes run s
 both follow from public issue rates (profiling/kernels/chips.py), and nothing of this was measured."""
 
 REST = f"""\
-Below is {SHOWN}. `smalt kernels check --target NAME` prints the others; the committed figures of all are in
-profiling/kernels/table.json."""
+First {SHOWN}, whole, then the kernels with products on all chips. `smalt kernels check --target NAME` prints a chip; the committed
+figures of all are in profiling/kernels/table.json. Instructions are told apart on NVIDIA's chips only."""
+# Shown for every chip, in bf16: kernel and size.
+MAIN = (
+    ("attention_forward", 128),
+    ("attention_dq", 128),
+    ("attention_dkv", 128),
+    ("linear_statistics_forward", 2560),
+    ("linear_statistics_backward", 2560),
+    ("matmul", 2560),
+    ("matmul_weight", 2560),
+)
 
 
 def _configuration(row: Row) -> str:
@@ -90,14 +103,28 @@ def print_outcome(outcome: Outcome) -> int:
     return 1 if outcome.violations else 0
 
 
+def _main_rows() -> list[Row]:
+    """The rows of ``MAIN`` in the committed table, each kernel's together."""
+    rows = [r for r in json.loads(TABLE.read_text())["rows"] if r["dtype"] == "bf16" and "variant" not in r]
+    return [r for kernel in MAIN for target in TARGETS for r in rows if (r["kernel"], r["size"]) == kernel and r["target"] == target]
+
+
+def _markdown(columns: Iterable[tuple[str, Callable[[Row], Any]]], rows: Iterable[Row]) -> list[str]:
+    columns = tuple(columns)
+    lines = ["| " + " | ".join(name for name, _ in columns) + " |", "|---" * len(columns) + "|"]
+    return lines + ["| " + " | ".join(str(value(row)) for _, value in columns) + " |" for row in rows]
+
+
 def write_docs(outcome: Outcome, path: Path = DOCS) -> None:
     """Put the table of ``SHOWN`` between its marks in a Markdown file, at its end where it has none; without rows change nothing."""
     shown = [rows for target, rows in _tables(outcome) if target == SHOWN]
     if not shown:
         return
     lines = [BEGIN, "", f"Triton {outcome.triton}, from `smalt kernels check --write`.", "", LEGEND, "", REST, ""]
-    lines += [f"### {SHOWN}", "", "| " + " | ".join(name for name, _ in _COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
-    lines += ["| " + " | ".join(str(value(row)) for _, value in _COLUMNS) + " |" for row in shown[0]] + [""]
+    lines += [f"### {SHOWN}", "", *_markdown(_COLUMNS, shown[0]), ""]
+    chip: tuple[str, Callable[[Row], Any]] = ("chip", lambda row: row["target"])
+    kept = [column for column in _COLUMNS if column[0] not in ("size", "integer", "memory", "special", "fp32")]
+    lines += ["### All chips", "", *_markdown((kept[0], chip, *kept[1:]), _main_rows()), ""]
     lines += [f"{library}: not installed where this was written." for library in outcome.absent]
     text = path.read_text() if path.exists() else "# Kernels\n\n## What the compiler makes of them\n"
     head, _, rest = text.partition(BEGIN)

@@ -30,7 +30,7 @@ from smalt.kernels.launch import INTERPRET, TARGETS, Config, cdiv, configuration
 from smalt.kernels.policy_loss import launch_policy_loss
 
 # Of most operations the package exports a function of the module's name, so that only this finds the modules.
-attention, attention_kernels, gated, layer_norm, linear_distillation, linear_statistics, matmul, rms_norm, rotary = (
+attention, attention_kernels, gated, layer_norm, linear_distillation, linear_statistics_kernels, matmul, rms_norm, rotary = (
     import_module(f"smalt.kernels.{name}")
     for name in (
         "attention",
@@ -38,7 +38,7 @@ attention, attention_kernels, gated, layer_norm, linear_distillation, linear_sta
         "gated",
         "layer_norm",
         "linear_distillation",
-        "linear_statistics",
+        "linear_statistics_kernels",
         "matmul",
         "rms_norm",
         "rotary",
@@ -347,13 +347,13 @@ def _head(nll_only: bool, back: bool) -> Callable[..., int]:
         if back:
             g, lse = torch.ones(T), torch.full((T,), 99.0)
             g_mean = None if nll_only else g
-            linear_statistics.launch_backward(g, g, g_mean, hidden, weight, labels, lse, g, 0, 1.0, None, nll_only, True, True)
+            linear_statistics_kernels.launch_backward(g, g, g_mean, hidden, weight, labels, lse, g, 0, 1.0, None, nll_only, True, True)
             tiles = configuration("linear_statistics_backward", D, hidden).tiles
             chunk = chunk_of_words(V, dtype.itemsize, tiles["BLOCK_V"])
-            return linear_statistics.backward_traffic(T, V, D, dtype.itemsize, tiles, chunk, not nll_only)
-        linear_statistics.launch_forward(hidden, weight, labels, 0, 1.0, None, nll_only)
+            return linear_statistics_kernels.backward_traffic(T, V, D, dtype.itemsize, tiles, chunk, not nll_only)
+        linear_statistics_kernels.launch_forward(hidden, weight, labels, 0, 1.0, None, nll_only)
         tiles = configuration("linear_statistics_forward", D, hidden).tiles
-        return linear_statistics.forward_traffic(T, V, D, dtype.itemsize, tiles, nll_only)
+        return linear_statistics_kernels.forward_traffic(T, V, D, dtype.itemsize, tiles, nll_only)
 
     return run
 

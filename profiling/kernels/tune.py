@@ -8,7 +8,6 @@ tiles, such as the sum of the partial results that a kernel leaves.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from ..bench import no_gpu
 from .bench import reason
 from .bench_cases import Absent, Call, Given
 from .bench_time import Device, Gpu, Runner, race, summary
-from .configure import Row, describe, write_rows
+from .configure import Row, describe, read_rows, write_rows
 from .launch_model import KERNELS, ranked
 from .launch_model import row as row_of
 from .tune_workloads import DTYPES, WORKLOADS, Workload
@@ -225,11 +224,6 @@ def _check_same(results: list[Tensor], truth: list[Tensor], tolerance: float) ->
 
 
 # Rows of launch tables
-
-
-def read_rows(folder: Path = TABLES) -> list[Row]:
-    """All rows of the launch tables."""
-    return [r for path in sorted(folder.glob("*.json")) for r in json.loads(path.read_text())]
 
 
 def put_row(row: Row, folder: Path = TABLES) -> list[Path]:

@@ -18,11 +18,13 @@ from smalt.kernels.adamw import Table
 
 SHIFT = np.uint64(48)
 ADDRESS = np.uint64((1 << 48) - 1)
+LARGE = 2**30  # bytes of a tensor from which only its ends are watched, and only stores of one instruction: nothing is kept of it
 
 
 @dataclass
 class Region:
-    """Where a tensor lies, and at which of the bytes that it spans an element begins; None where they lie without a gap."""
+    """Where a tensor lies, and at which of the bytes that it spans an element begins; None where they lie without a gap, or are too
+    many."""
 
     name: str
     base: np.uint64
@@ -36,7 +38,8 @@ class Region:
         spread = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
         span = 1 + spread if x.numel() else 0
         starts = None
-        if span > math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride):
+        gaps = span > math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
+        if gaps and span * x.element_size() <= LARGE:
             starts = torch.zeros(span, x.element_size(), dtype=torch.bool)
             starts[:, 0].as_strided(x.shape, [s * x.element_size() for s in x.stride()]).fill_(True)
             starts = starts.flatten().numpy()
@@ -56,6 +59,8 @@ class Region:
     def store(self, addresses):
         """Whether none of these elements of the tensor was stored before."""
         place = (addresses - self.base) // np.uint64(self.itemsize)
+        if self.size > LARGE:
+            return np.unique(place).size == place.size
         self.stored = np.zeros(self.size // self.itemsize, bool) if self.stored is None else self.stored
         new = not self.stored[place].any() and np.unique(place).size == place.size
         self.stored[place] = True

@@ -19,7 +19,7 @@ from smalt.kernels.adamw import (
     random_bits,
     round_stochastically,
 )
-from smalt.kernels.launch import INTERPRET, configuration, recording
+from smalt.kernels.launch import INTERPRET, configuration, configured_for, recording
 
 SHAPES = ((3, 5), (64,), (7, 40), (1,), (130,), (), (0,))
 HYPER = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -217,6 +217,20 @@ def test_result_does_not_depend_on_blocks(device, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_blocks_may_change_between_steps(device, error):
+    """The rows of the table stay as they are, its blocks do not."""
+    runs = []
+    for name in ("torch", "triton"):
+        ps = parameters([(3000,)], torch.float32, 1, device)
+        optimizer = AdamW(ps, lr=0.1)
+        for i, block in enumerate((1024, 64, 1024)):
+            row = {"kernel": "adamw", "target": "sm_90", "bits": 32, "size": 1, "tiles": {"BLOCK": block}}
+            with backend(name), configured_for("sm_90", [{**row, "num_warps": 1, "num_stages": 1}]):
+                train(optimizer, ps, 1, first=i)
+        runs.append(ps[0].detach())
+    assert error(*runs) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_shards_round_as_the_whole_does(device, name):
     whole = parameters([(25, 3)], torch.bfloat16, 1, device)
@@ -392,6 +406,9 @@ def test_closure_and_clip_scale():
     optimizer.step(clip_scale=torch.tensor(0.5))
     assert optimizer.state[p]["exp_avg"].item() == 2.0
     assert p.grad.item() == 4.0
+    for scale, message in ((0.5, "clip_scale is 0.5; pass a tensor"), (torch.ones(1), r"clip_scale is \(1,\); pass a tensor")):
+        with pytest.raises(ValueError, match=message):
+            optimizer.step(clip_scale=scale)
 
 
 @pytest.mark.slow

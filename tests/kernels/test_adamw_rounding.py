@@ -1,4 +1,4 @@
-"""The random bits of AdamW and what is rounded with them."""
+"""The random bits of AdamW and what is rounded with them, and the masters that are not."""
 
 import math
 
@@ -113,3 +113,53 @@ def test_parameters_round_independently(device, name):
     with backend(name):
         optimizer.step()
     assert not torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_state_of_torchs_adamw_goes_on(device, name):
+    """Options that it does not name stay those of the group, and a master that it lacks is made from the weight."""
+    start = torch.linspace(-2, 2, 70).bfloat16().to(device)
+    ps = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    theirs = torch.optim.AdamW([{"params": [ps[0]]}, {"params": [ps[1]]}], lr=1e-4)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    theirs.step()
+    before = [p.detach().clone() for p in ps]
+    mine = AdamW([{"params": [ps[0]], "master_weights": True}, {"params": [ps[1]]}], lr=9.0, seed=3)
+    mine.load_state_dict(theirs.state_dict())
+    assert [(g["lr"], g["master_weights"], g["seed"]) for g in mine.param_groups] == [(1e-4, True, 3), (1e-4, False, 3)]
+    with backend(name):
+        mine.step()
+    assert "master" not in mine.state[ps[1]]
+    state = mine.state[ps[0]]
+    assert float(state["step"]) == 2
+    assert state["master"].dtype == torch.float32
+    # A step of 1e-4, in which bf16 has no part.
+    assert torch.allclose(state["master"], before[0].float() * (1 - 1e-6) - 1e-4, rtol=0, atol=1e-6)
+    assert torch.equal(ps[0], state["master"].bfloat16())
+
+
+def test_master_that_a_state_lacks_is_made_once():
+    p = torch.nn.Parameter(torch.ones(5).bfloat16())
+    p.grad = torch.ones_like(p)
+    without = AdamW([p], lr=1e-5)
+    without.step()
+    optimizer = AdamW([p], lr=1e-5)
+    optimizer.load_state_dict(without.state_dict())
+    optimizer.param_groups[0]["master_weights"] = True
+    with torch.no_grad():
+        p.fill_(1)
+    for _ in range(3):
+        optimizer.step()
+    # Three steps of 1e-5 and no rounding; made anew each time, it would have taken one.
+    assert torch.allclose(optimizer.state[p]["master"], torch.full((5,), 1 - 3e-5), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_state_that_asks_for_more_is_refused(option):
+    p = torch.nn.Parameter(torch.ones(5))
+    p.grad = torch.ones_like(p)
+    theirs = torch.optim.AdamW([p], **{option: True})
+    theirs.step()
+    with pytest.raises(ValueError, match=f"group 0 of the state has {option} on"):
+        AdamW([p]).load_state_dict(theirs.state_dict())

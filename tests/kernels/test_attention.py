@@ -420,3 +420,53 @@ def test_decode_is_the_last_row_of_attention(heads, error):
         with backend("reference"):
             want = attention(q[row : row + 1], k[row, :n], v[row, :n], *bounds)
         assert error(got[row], want[0]) <= 1e-14
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_a_plan_of_another_pack_is_named(name):
+    q, k, v, _ = tensors(5, 9, (2, 1), 16, torch.float32)
+    bounds = torch.zeros(5, dtype=torch.int32), torch.full((5,), 9, dtype=torch.int32)
+    with backend(name):
+        for num_rows, num_keys in ((4, 9), (5, 10)):
+            plan = attention_plan(bounds[0][:num_rows], bounds[1][:num_rows], num_keys)
+            with pytest.raises(ValueError, match=rf"plan is of {num_rows} rows and {num_keys} keys, q has 5 rows and k 9"):
+                attention(q, k, v, *bounds, plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "message"),
+    [
+        ([0, 2, 1], [3, 3, 3], r"kv_start falls from 2 to 1 at row 2"),
+        ([0, 0, 0], [3, 2, 3], r"kv_end falls from 3 to 2 at row 1"),
+        ([0, 0, 0], [1, 3, 4], r"row 2 sees the keys 0 to 4, but there are 3"),
+        ([-1, 0, 0], [1, 3, 3], r"row 0 sees the keys -1 to 1"),
+    ],
+)
+def test_wrong_bounds_are_named(start, end, message):
+    q, k, v, _ = tensors(3, 3, (1, 1), 4)
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, v, torch.tensor(start), torch.tensor(end))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # of the interpreter
+def test_the_kernels_leave_no_tensor_for_wrong_bounds(device):
+    # Nothing looks at bounds on a GPU; what is watched here is every address.
+    leaves = [x.to(device).requires_grad_() for x in tensors(3, 3, (1, 1), 16, torch.float32)[:3]]
+    with backend("triton"):
+        out = attention(*leaves, torch.tensor([-9, 0, 0], device=device), torch.tensor([1, 64, 900], device=device))
+        torch.autograd.grad(out.sum(), leaves)
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "triton"])
+def test_one_dtype_is_asked_for_and_kept(name):
+    q, k, v, _ = tensors(3, 3, (1, 1), 16, torch.float32)
+    bounds = torch.zeros(3, dtype=torch.int32), torch.arange(1, 4, dtype=torch.int32)
+    with backend(name), torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=r"q is torch.bfloat16, k torch.float32"):
+            attention(q.bfloat16(), k, v, *bounds)
+        assert attention(q, k, v, *bounds).dtype == torch.float32
+
+
+def test_merging_no_sets_is_named():
+    with pytest.raises(ValueError, match="merge_attention: there is nothing to merge"):
+        merge_attention([])

@@ -72,6 +72,9 @@ def test_any_order_of_the_grid_gives_the_same_bits(check_grid_order, device, see
         ({"k": torch.ones(2, 5, 2, 9)}, r"k \(2, 5, 2, 9\)"),
         ({"lengths": torch.ones(3, dtype=torch.int64)}, r"lengths \(3,\)"),
         ({"q": torch.ones(2, 3, 8)}, r"q \(2, 3, 8\)"),
+        ({"q": torch.ones(4, 8)}, r"q \(4, 8\)"),
+        ({"k": torch.ones(2, 5, 0, 8), "v": torch.ones(2, 5, 0, 8)}, r"k \(2, 5, 0, 8\)"),
+        ({"q": torch.ones(2, 4, 8).half()}, r"q is torch.float16, k torch.float32"),
         ({"scale": -1.0}, "scale is -1.0"),
         ({"softcap": 0.0}, "softcap is 0.0"),
     ],
@@ -86,3 +89,20 @@ def test_bad_arguments_are_named(changed, message):
     arguments |= {"scale": None, "softcap": None} | changed
     with pytest.raises(ValueError, match=message):
         decode_attention(*arguments.values())
+
+
+@pytest.mark.parametrize("lengths", [torch.tensor([7, 0, 3, 0, 9])[::2], torch.tensor(7).expand(3), torch.tensor([50, 11, 12])])
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_lengths_of_any_strides_and_beyond_the_cache(name, lengths, device, error):
+    q, k, v = (x.to(device) for x in (torch.randn(3, 2, 16), *torch.randn(2, 3, 10, 1, 16)))
+    with backend("reference"):
+        want = decode_attention(q.double(), k.double(), v.double(), lengths.clamp(max=10).to(device))
+    with backend(name):
+        assert error(decode_attention(q, k, v, lengths.to(device)).double(), want) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "triton"])
+def test_autocast_changes_no_dtype(name, device):
+    q, k = torch.randn(1, 1, 16, device=device), torch.randn(1, 3, 1, 16, device=device)
+    with backend(name), torch.autocast(device, torch.bfloat16):
+        assert decode_attention(q, k, k, torch.tensor([3], device=device)).dtype == torch.float32

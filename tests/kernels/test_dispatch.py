@@ -12,6 +12,7 @@ from smalt.kernels import (
     attention,
     backend,
     current_backend,
+    decode_attention,
     gelu,
     layer_norm,
     linear_cross_entropy,
@@ -105,6 +106,8 @@ FUNCTIONAL = {
     "linear_cross_entropy": lambda x: linear_cross_entropy(x, WORDS, torch.arange(6) % 5),
     "linear_distillation": lambda x: linear_distillation(x, WORDS, WORDS.repeat(2, 1)[:6], WORDS),
     "matmul": lambda x: matmul(x, WORDS),
+    "attention": lambda x: attention(x[:, None], x[:, None], x[:, None], torch.zeros(6), torch.arange(1, 7)),
+    "decode_attention": lambda x: decode_attention(x[:, None], x[:, None, None], x[:, None, None], torch.ones(6)),
 }
 
 

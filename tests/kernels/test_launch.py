@@ -116,3 +116,24 @@ def test_kernels_keep_the_rules_of_the_house():
         launches = [n for n in calls if any(k.arg == "num_warps" for k in n.keywords)]
         assert len(launches) == (path.name == "launch.py"), f"{path.name} launches a kernel without launch()"
     assert "enable_fp_fusion=True" in Path(module.__file__).read_text()
+
+
+@pytest.fixture
+def torchs_precision():
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_tf32_is_taken_where_torch_was_told_so(torchs_precision, monkeypatch):
+    assert module.precision(torch.float32) == "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # the older flag raises from here on
+    assert module.precision(torch.float32) == "tf32"
+    assert module.precision(torch.bfloat16) == "ieee"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert module.precision(torch.float32) == "ieee"
+
+
+def test_rows_without_numbers():
+    assert module.as_rows(torch.zeros(2, 3, 0)).shape == (6, 0)
+    assert module.as_rows(torch.zeros(0, 3, 4)).shape == (0, 4)

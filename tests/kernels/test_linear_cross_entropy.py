@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from smalt.kernels import IGNORE, backend, linear_cross_entropy
+from smalt.kernels import IGNORE, backend, linear_cross_entropy, linear_statistics
 
 head = importlib.import_module("smalt.kernels.head")
 OPTIONS = [{}, {"temperature": 0.7}, {"softcap": 3.0, "z_loss": 0.1}, {"z_loss": 1e-2}]
@@ -123,15 +123,15 @@ def test_a_block_may_be_skipped_in_one_pass_only(wide, device, monkeypatch):
     # With logits this low, p of such rows would be exp(0 - lse) = inf, or exp(z - -inf) = inf.
     hidden, weight, labels, upstream = (x.to(device) for x in problem(32, 5, 20, 0.0, torch.float32, 1))
     labels[16:], weight, hidden[16:] = IGNORE, weight.abs() + 1.0, -1e3
-    statistics = importlib.import_module("smalt.kernels.linear_statistics")
-    configuration = statistics.configuration
+    kernels = importlib.import_module("smalt.kernels.linear_statistics_kernels")
+    configuration = kernels.configuration
 
     def wider(kernel, size, x):
         config = configuration(kernel, size, x)
         return type(config)({**config.tiles, "BLOCK_T": 32}, 4, 1) if kernel.endswith(wide) else config
 
     want = outputs(hidden, weight, labels, upstream, "triton")
-    monkeypatch.setattr(statistics, "configuration", wider)
+    monkeypatch.setattr(kernels, "configuration", wider)
     nll, gradients = outputs(hidden, weight, labels, upstream, "triton")
     assert torch.equal(nll, want[0])
     for got, wanted in zip(gradients, want[1], strict=True):
@@ -224,6 +224,16 @@ def test_a_label_out_of_range_is_an_error():
         labels[3] = bad
         with pytest.raises(ValueError, match=f"linear_cross_entropy: the label of row 3 is {bad}; expected 0 to 5, or -100"):
             linear_cross_entropy(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_statistics])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.float32])
+def test_labels_of_another_dtype_are_an_error_everywhere(function, name, dtype):
+    hidden, weight, labels, _ = problem(5, 4, 6, 0.0, torch.float32, 0)
+    message = f"^{function.__name__}: labels are {dtype}; expected torch.int64, pass labels.long()"
+    with backend(name), pytest.raises(ValueError, match=message):
+        function(hidden, weight, labels.to(dtype))
 
 
 @pytest.mark.slow

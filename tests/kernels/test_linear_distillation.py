@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalt.kernels import backend, linear_distillation
+from smalt.kernels.launch import TARGETS, recording
 
 module = importlib.import_module("smalt.kernels.linear_distillation")
 head = importlib.import_module("smalt.kernels.head")
@@ -167,6 +168,22 @@ def test_compiles_whole_and_registers_well(check_operator, device):
     for name in ("triton", "torch"):
         args = (hidden.requires_grad_(), weight.requires_grad_(), *teacher, 0.7, None, 2.0, name)
         torch.library.opcheck(module._linear_distillation, args)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_wider_of_student_and_teacher_chooses_the_tiles(target):
+    def configs(student, teacher):
+        hidden, weight, *others = (x.to("meta") for x in problem(20, 9, 5, 40))
+        tensors = hidden.to(student), weight.to(student), *(x.to(teacher) for x in others)
+        with recording(target) as record:
+            kl, lses = module.launch_forward(*tensors, 1.0, None, None)
+            module.launch_backward(kl, lses, *tensors, 1.0, None, None, True, True)
+        return {launch.name: launch.config for launch in record}
+
+    narrow, wide = configs(torch.bfloat16, torch.bfloat16), configs(torch.float32, torch.float32)
+    assert narrow["linear_distillation_forward"] != wide["linear_distillation_forward"]
+    assert configs(torch.bfloat16, torch.float32) == configs(torch.float32, torch.bfloat16) == wide
+    assert configs(torch.float16, torch.bfloat16) == narrow
 
 
 def test_bad_arguments_are_named():

@@ -9,16 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from smalt.kernels import IGNORE, backend, linear_cross_entropy, linear_statistics, merge_statistics
 from smalt.kernels.launch import INTERPRET, configuration
-from smalt.kernels.linear_statistics import (
-    HeadStatistics,
-    backward_traffic,
-    forward_traffic,
-    linear_statistics_operator,
-    linear_statistics_reference,
-)
+from smalt.kernels.linear_statistics import HeadStatistics, _linear_statistics, linear_statistics_reference
+from smalt.kernels.linear_statistics_kernels import backward_traffic, forward_traffic
 
 head = importlib.import_module("smalt.kernels.head")
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -284,7 +280,7 @@ def test_a_row_depends_on_no_other(nll_only, device):
     rows = torch.tensor([3, 15, 16, 18])
 
     def run(hidden, labels):
-        outputs = linear_statistics_operator(hidden, weight, labels, 0, 1.0, None, nll_only, "triton")
+        outputs = _linear_statistics(hidden, weight, labels, 0, 1.0, None, nll_only, "triton")
         return [x for x in outputs if x.numel()]
 
     alone = [x[rows] for x in run(hidden, labels)]
@@ -317,8 +313,8 @@ def test_compiles_whole_and_registers_well(check_operator, device):
     check_operator(lambda h, w, y: differentiable(linear_statistics(h, w, y, softcap=3.0)), [hidden, weight, labels])
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     for nll_only in (False, True):
-        torch.library.opcheck(linear_statistics_operator, (*leaves, labels, 0, 0.7, 2.0, nll_only, "triton"))
-        torch.library.opcheck(linear_statistics_operator, (*leaves, labels, 0, 0.7, 2.0, nll_only, "torch"))
+        torch.library.opcheck(_linear_statistics, (*leaves, labels, 0, 0.7, 2.0, nll_only, "triton"))
+        torch.library.opcheck(_linear_statistics, (*leaves, labels, 0, 0.7, 2.0, nll_only, "torch"))
 
 
 def test_a_chunk_is_small_beside_the_logits_and_fixed_by_the_vocabulary():
@@ -327,6 +323,41 @@ def test_a_chunk_is_small_beside_the_logits_and_fixed_by_the_vocabulary():
         assert chunk % 256 == 0
         assert chunk * itemsize < 0.02 * vocabulary * 4
     assert head.chunk_of_words(100, 2, 256) == 256
+
+
+@pytest.mark.parametrize("hip", [torch.version.hip, "6.4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_wide_products_are_fp32(monkeypatch, error, device, dtype, hip):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    a, b, total = (torch.randn(s, generator=torch.Generator().manual_seed(0)).to(device) for s in ((9, 40), (40, 7), (9, 7)))
+    a, b, before = a.to(dtype), b.to(dtype), total.double()
+    product = head._wide_product(a, b)
+    head._add_wide_product(total, a, b)
+    assert product.dtype == total.dtype == torch.float32
+    assert error(product, a.double() @ b.double()) < 1e-6
+    assert error(total, before + a.double() @ b.double()) < 1e-6
+
+
+@pytest.mark.parametrize("hip", [None, "6.4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_torch_for_amd_is_not_asked_for_products_of_16_bits_in_fp32(monkeypatch, dtype, hip):
+    asked = []
+
+    def watched(function):
+        def call(*args, out_dtype=None, **rest):
+            return function(*args, **rest) if out_dtype is None else asked.append((function.__name__, out_dtype))
+
+        return call
+
+    monkeypatch.setattr(torch, "mm", watched(torch.mm))
+    monkeypatch.setattr(torch, "addmm", watched(torch.addmm))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with FakeTensorMode():  # a GPU's tensors on any machine
+        a, b = torch.empty(9, 40, dtype=dtype, device="cuda"), torch.empty(40, 7, dtype=dtype, device="cuda")
+        head._wide_product(a, b)
+        head._add_wide_product(torch.empty(9, 7, device="cuda"), a, b)
+    wide = [("mm", torch.float32), ("addmm", torch.float32)]
+    assert asked == (wide if dtype != torch.float32 and hip is None else [])
 
 
 @contextmanager
@@ -364,7 +395,7 @@ def test_traffic_is_what_the_formula_says(T, D, V, nll_only, dtype):
     hidden, weight, labels = problem(T, D, V, ignored=0.0)
     leaves = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
     with small_chunks(), counted_bytes() as total:
-        lse, _, mean, *_ = linear_statistics_operator(*leaves, labels, 0, 1.0, None, nll_only, "triton")
+        lse, _, mean, *_ = _linear_statistics(*leaves, labels, 0, 1.0, None, nll_only, "triton")
         size = hidden.to(dtype).element_size()
         tiles = configuration("linear_statistics_forward", D, leaves[0]).tiles
         assert total[0] == forward_traffic(T, V, D, size, tiles, nll_only)

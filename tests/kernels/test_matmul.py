@@ -67,6 +67,34 @@ def test_torch_is_the_reference_in_float64(error, case):
         assert error(got, want, floor=1e-3) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast_changes_no_bit(device, name, autocast):
+    x, w, b = (torch.randn(s, device=device) for s in ((9, 37), (35, 37), (35,)))
+    with backend(name):
+        want = matmul(x, w, b)
+        with torch.autocast(device, autocast):
+            assert torch.equal(matmul(x, w, b), want)
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "triton"])
+def test_a_sum_of_nothing_is_the_bias(device, name):
+    x, w = torch.empty(2, 5, 0, device=device, requires_grad=True), torch.empty(3, 0, device=device, requires_grad=True)
+    bias = torch.randn(3, device=device, requires_grad=True)
+    with backend(name):
+        assert torch.equal(matmul(x, w), torch.zeros(2, 5, 3, device=device))
+        y = matmul(x, w, bias)
+        dx, dw, db = torch.autograd.grad(y.sum(), (x, w, bias))
+    assert torch.equal(y, bias.expand(2, 5, 3))
+    assert (dx.shape, dw.shape) == (x.shape, w.shape)
+    assert torch.equal(db, torch.full_like(bias, 10.0))
+
+
+def test_a_tensor_without_memory_has_a_reference():
+    with backend("reference"):
+        assert matmul(torch.empty(9, 37, device="meta"), torch.empty(35, 37, device="meta")).shape == (9, 35)
+
+
 @pytest.mark.parametrize("name", ["triton", "torch"])
 def test_a_bias_is_added_before_the_rounding(device, name):
     x, w, b = (torch.randn(s, generator=torch.Generator().manual_seed(3)).bfloat16() for s in ((40, 64), (48, 64), (48,)))

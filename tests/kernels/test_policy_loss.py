@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smalt.kernels import backend
+from smalt.kernels.launch import INTERPRET
 from smalt.kernels.policy_loss import (
     AGGREGATIONS,
     FORCED,
     SAMPLED,
     PolicyLossOptions,
+    PolicyMetrics,
     _policy_loss,
     _sequence_log_ratio,
     loss_denominator,
@@ -21,6 +23,7 @@ from smalt.kernels.policy_loss import (
     sequence_tokens,
     token_weights,
 )
+from smalt.kernels.policy_loss_kernels import launch_policy_loss
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
 MAX_TOKENS = 32
@@ -341,6 +344,53 @@ def test_sums_of_a_sequence_do_not_depend_on_its_neighbours(device):
         with backend("triton"):
             sums.append(sequence_log_ratio_sums(*around, weight, None, index.to(device), 2)[0][1])
     assert all(torch.equal(s, sums[0]) for s in sums)
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+@pytest.mark.parametrize("surrogate", ["clip", "cispo"])
+@pytest.mark.parametrize("S", [2, 0])
+def test_token_of_no_sequence_is_nan_and_reads_nothing(device, name, surrogate, S):
+    """Where nobody can be told without waiting for a GPU. An address outside of the means fails the test."""
+    index = torch.tensor([0, 1, 1, 2, 0, -1, 10**12, 1], device=device)
+    lp, old, one = (torch.full((8,), x, device=device) for x in (-1.0, -1.5, 1.0))
+    provenance, means = torch.full((8,), SAMPLED, device=device), torch.full((S,), 0.1, device=device)
+    outside = (index < 0) | (index >= S)
+    options, cispo = PolicyLossOptions(surrogate=surrogate, ratio="sequence"), surrogate == "cispo"
+
+    def check(weight, lost):
+        optional = provenance, None, None, index, means
+        if name == "triton":
+            loss, metrics, gradient = launch_policy_loss(lp, old, one, weight, *optional, cispo, 2, [0.8, 1.2, 0.0, 0.0, 0.0])
+            ratio = metrics[PolicyMetrics._fields.index("ratio")]
+        else:
+            leaf = lp.clone().requires_grad_()
+            loss, metrics = policy_loss_reference(leaf, old, one, weight, options, *optional)
+            (gradient,), ratio = torch.autograd.grad(loss, leaf), metrics.ratio
+        assert gradient.isnan().tolist() == lost.tolist()
+        assert [bool(x.isnan()) for x in (loss, ratio)] == [bool(lost.any())] * 2
+
+    check(one, outside)
+    provenance[3] = FORCED  # tokens that do not count may be of no sequence
+    check(torch.where(outside & (index != 2), 0.0, one), torch.zeros_like(outside))
+
+
+def test_sequences_are_checked_on_a_cpu():
+    options, x, weight = PolicyLossOptions.of("gspo"), torch.zeros(6), torch.ones(6)
+    unordered, far = torch.tensor([1, 1, 0, 0, 2, 2], dtype=torch.uint8), torch.tensor([0, 0, 1, 1, 3, 3])
+    for name in ("torch", "triton") if INTERPRET else ("torch",):
+        with backend(name):
+            with pytest.raises(ValueError, match=r"sequence_log_ratio_sums: sequence_index falls from 1 to 0 at row 2"):
+                sequence_log_ratio_sums(x, x, weight, None, unordered, 3)
+            for index, message in ((far, "row 4, which counts, is 3; there are 3 seq"), (far - 1, "row 0, which counts, is -1")):
+                with pytest.raises(ValueError, match=f"policy_loss: sequence_index of {message}"):
+                    policy_loss(x, x, x, weight, options, sequence_index=index, sequence_log_ratio=torch.zeros(3))
+            without = torch.where(far == 3, 0.0, weight)
+            policy_loss(x, x, x, without, options, sequence_index=far, sequence_log_ratio=torch.zeros(3))
+            policy_loss(x, x, x, weight, options, sequence_index=unordered, sequence_log_ratio=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"sequence_tokens: sequence_index falls from 1 to 0 at row 2"):
+        sequence_tokens(weight, None, unordered, 3)
+    with pytest.raises(ValueError, match=r"token_weights: sequence_index of row 4, which counts, is 3"):
+        token_weights("sequence_mean_token_mean", weight, None, far, torch.ones(3), 1.0)
 
 
 def test_reference_by_gradcheck():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from smalt.kernels import YarnScaling, mrope_table, rotary, rotary_table, rotary_table_2d
 
@@ -81,6 +82,34 @@ def test_2d_is_two_tables_side_by_side():
     ):
         assert both.is_contiguous()
         assert torch.equal(both, torch.cat([row, column], 1))
+
+
+class FromTheHost(TorchFunctionMode):
+    """Counts the tensors that are made from Python's numbers: each is a copy that a GPU is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.made += function in (torch.tensor, torch.as_tensor)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda device: rotary_table(torch.arange(7, device=device), 24, 100.0, F64, YarnScaling(4.0, 16)),
+        lambda device: mrope_table(grid(7, 3).to(device), 24, 100.0, F64, (5, 4, 3)),
+        lambda device: mrope_table(grid(7, 3).to(device), 24, 100.0, F64, (5, 4, 3), True, YarnScaling(4.0, 16)),
+        lambda device: rotary_table_2d(grid(7, 2).to(device), 24, 100.0, F64),
+    ],
+    ids=["1-D", "sections", "interleaved", "2-D"],
+)
+def test_nothing_is_copied_from_the_host(make):
+    with FromTheHost() as host:
+        make("cuda" if torch.cuda.is_available() else "cpu")
+    assert host.made == 0
 
 
 @pytest.mark.slow

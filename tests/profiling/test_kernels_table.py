@@ -1,12 +1,14 @@
-"""The committed table of what the compiler makes of the kernels, for the chip that docs/kernels.md shows."""
+"""The committed table of what the compiler makes of the kernels, chip by chip."""
 
 import pytest
 
+from smalt.kernels.launch import TARGETS
 from smalt.profiling.kernels.check import check
 
 
 @pytest.mark.slow
-def test_no_kernel_got_worse_on_sm_90():
-    outcome = check(targets=["sm_90"], beside=False)
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_kernel_got_worse(target):
+    outcome = check(targets=[target], beside=False)
     assert outcome.rows
     assert not [str(violation) for violation in outcome.violations]

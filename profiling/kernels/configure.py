@@ -73,9 +73,13 @@ def _failures(rows: dict[Key, Row], open_keys: set[Key], jobs: int) -> dict[Key,
         for name, target, bits, size in sorted(open_keys):
             case = next(c for c in CASES if name in c.kernels)
             dtype = "fp32" if bits == 32 and "fp32" in case.dtypes else case.dtypes[0]
-            task = {"library": "smalt", "case": case.name, "target": target, "dtype": dtype, "size": size, "rows": file.name}
-            if task not in tasks:
-                tasks.append(task)
+            # The row's own size, and those of the model that take the row.
+            limits = [s for n, t, b, s in rows if (n, t, b) == (name, target, bits)]
+            taken = {s for s in case.sizes if size == min((limit for limit in limits if limit >= s), default=None)}
+            for each in sorted({size, *taken}):
+                task = {"library": "smalt", "case": case.name, "target": target, "dtype": dtype, "size": each, "rows": file.name}
+                if task not in tasks:
+                    tasks.append(task)
         results = run_tasks(tasks, jobs)
     failed: dict[Key, str] = {}
     for task, result in zip(tasks, results, strict=True):

@@ -21,6 +21,19 @@ ADDRESS = np.uint64((1 << 48) - 1)
 LARGE = 2**30  # bytes of a tensor from which only its ends are watched, and only stores of one instruction: nothing is kept of it
 
 
+_unwatched: list[str] = []
+
+
+@contextmanager
+def unwatched(whose):
+    """Inside, kernels of another library do as they like: Liger's head stores the label's gradient twice, in order."""
+    _unwatched.append(whose)
+    try:
+        yield
+    finally:
+        _unwatched.pop()
+
+
 @dataclass
 class Region:
     """Where a tensor lies, and at which of the bytes that it spans an element begins; None where they lie without a gap, or are too
@@ -98,7 +111,7 @@ def watched_addresses():
             addresses = pointers.data.reshape(-1)
             if mask is not None and not mask.data.all():
                 addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
-            if addresses.size:
+            if addresses.size and not _unwatched:
                 tag = int(addresses[0] >> SHIFT)
                 # The addresses of a table carry no number: all lanes are then in one of its tensors.
                 found = [(region.first_outside(addresses), region) for region in ([regions[tag]] if tag else in_table)]

@@ -436,10 +436,13 @@ def _name(kernel: str, softcap: float) -> str:
 def forward_traffic(T: int, H: int, D: int, itemsize: int, tiles: dict[str, int]) -> int:
     """Bytes that the forward kernel loads and stores for one causal document of T rows, a multiple of BLOCK_M.
 
-    Query rows, output, bounds and lse once; of keys and values, for each block of rows and each head, those up to its last row.
+    Query rows, output, bounds and lse once; of keys and values, for each block of rows and each head, those up to its last row; in
+    fp32 also, for each of their blocks, the query rows again.
     """
     n = T // tiles["BLOCK_M"]
-    return H * (T * (2 * D * itemsize + 12 + 4) + tiles["BLOCK_M"] * n * (n + 1) // 2 * 2 * D * itemsize)
+    keys = tiles["BLOCK_M"] * n * (n + 1) // 2
+    again = keys // tiles["BLOCK_N"] * tiles["BLOCK_M"] if itemsize == 4 else 0
+    return H * (T * (2 * D * itemsize + 12 + 4) + (2 * keys + again) * D * itemsize)
 
 
 def backward_traffic(T: int, H: int, K: int, D: int, itemsize: int, dq_tiles: dict[str, int], dkv_tiles: dict[str, int]) -> int:
@@ -448,12 +451,15 @@ def backward_traffic(T: int, H: int, K: int, D: int, itemsize: int, dq_tiles: di
 
     dq: query rows, output and its gradient, dq, bounds, and four numbers a row once; keys and values as forward. dk and dv: keys,
     values, both gradients and bounds once; of query rows and output gradients, for each block of keys and each head, those from
-    its first key on.
+    its first key on. In fp32, for each of these blocks: what the tile holds twice, and dq the keys, dk and dv both rows again.
     """
     n, m = T // dq_tiles["BLOCK_M"], T // dkv_tiles["BLOCK_N"]
-    dq = H * (T * (4 * D * itemsize + 12 + 16) + dq_tiles["BLOCK_M"] * n * (n + 1) // 2 * 2 * D * itemsize)
+    keys = dq_tiles["BLOCK_M"] * n * (n + 1) // 2
     rows = T * m - dkv_tiles["BLOCK_N"] * m * (m - 1) // 2
-    return dq + K * T * (4 * D * itemsize + 12) + H * rows * (2 * D * itemsize + 8)
+    dq_again = keys // dq_tiles["BLOCK_N"] * 2 * dq_tiles["BLOCK_M"] + keys if itemsize == 4 else 0
+    dkv_again = rows // dkv_tiles["BLOCK_M"] * 2 * dkv_tiles["BLOCK_N"] + 2 * rows if itemsize == 4 else 0
+    dq = H * (T * (4 * D * itemsize + 12 + 16) + (2 * keys + dq_again) * D * itemsize)
+    return dq + K * T * (4 * D * itemsize + 12) + H * (rows * (2 * D * itemsize + 8) + dkv_again * D * itemsize)
 
 
 def head_dim_parts(head_dim: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from .launch import cdiv, configuration, convert, jit, launch, next_power_of_two
 def decode_attention(
     q_BHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, lengths: Tensor, scale: float | None = None, softcap: float | None = None
 ) -> Tensor:
-    """Row b sees the keys 0 <= l < lengths[b], at least one and at most L. Not differentiable by intent.
+    """Row b sees the keys 0 <= l < lengths[b], at least one and at most L. The kernels have no backward pass.
 
     q_BHD: [B, H, D]; k_BLKD, v_BLKD: [B, L, K, D], H a multiple of K; lengths: integer [B]. Returns [B, H, D] in q's dtype.
     Raises ValueError when shapes or dtypes do not fit, or for a scale or softcap that is not positive.

@@ -76,8 +76,8 @@ def runs_kernel(implementation: str, x: Tensor, max_width: int | None = None) ->
 
 
 def runs_definition(implementation: str, x: Tensor) -> bool:
-    """Whether an elementwise operation is its definition: asked to be, or in plain torch where nothing has to be widened, since there
-    torch's own backward pass, which keeps what forward has, is faster than one that recomputes."""
+    """Whether an operation of a few passes is its definition: asked to be, or in plain torch where nothing has to be widened, since
+    there torch's own backward pass, which keeps what forward has, is faster than one that recomputes."""
     plain = implementation == "torch" and x.dtype in (torch.float32, torch.float64)
     return implementation == "reference" or (plain and not is_abstract(x))
 

@@ -124,10 +124,19 @@ def read_rows(folder: Path = TABLES) -> list[Row]:
     return [r for path in sorted(folder.glob("*.json")) for r in json.loads(path.read_text())]
 
 
-def describe(r: Row) -> str:
+def place(r: Row) -> str:
+    """Which row of the tables this is."""
+    return f"{r['kernel']} on {r['target']}, {r['bits']} bits, size {r['size']}"
+
+
+def choice(r: Row) -> str:
+    """What the row chooses."""
     tiles = " ".join(f"{name}={value}" for name, value in r["tiles"].items())
-    where = f"{r['kernel']} on {r['target']}, {r['bits']} bits, size {r['size']}"
-    return f"{where}: {tiles}, {r['num_warps']} warps, {r['num_stages']} stages"
+    return f"{tiles}, {r['num_warps']} warps, {r['num_stages']} stages"
+
+
+def describe(r: Row) -> str:
+    return f"{place(r)}: {choice(r)}"
 
 
 def write_rows(rows: list[Row], folder: Path = TABLES) -> list[Path]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from smalt.kernels.adamw import Hyperparameters, Member, Table, launch_step
 from smalt.kernels.head import chunk_of_words
 from smalt.kernels.launch import INTERPRET, TARGETS, Config, cdiv, configuration, configured_for, observing
-from smalt.kernels.policy_loss import launch_policy_loss
+from smalt.kernels.policy_loss_kernels import launch_policy_loss
 
 # Of most operations the package exports a function of the module's name, so that only this finds the modules.
 attention, attention_kernels, gated, layer_norm, linear_distillation, linear_statistics_kernels, matmul, rms_norm, rotary = (

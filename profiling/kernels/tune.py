@@ -22,7 +22,7 @@ from ..bench import no_gpu
 from .bench import reason
 from .bench_cases import Absent, Call, Given
 from .bench_time import Device, Gpu, Runner, race, summary
-from .configure import Row, describe, read_rows, write_rows
+from .configure import Row, choice, describe, place, read_rows, write_rows
 from .launch_model import KERNELS, ranked
 from .launch_model import row as row_of
 from .tune_workloads import DTYPES, WORKLOADS, Workload
@@ -53,7 +53,7 @@ class Tuned:
         before = f"{describe(self.shipped)}, {self.shipped_seconds * 1e6:.1f} us"
         if self.chosen == self.shipped:
             return f"{before}, stays: of {self.timed} none is over {GAIN:.0%} faster ({self.workload})"
-        after = f"{_config(self.chosen)}, {self.seconds * 1e6:.1f} us"
+        after = f"{choice(self.chosen)}, {self.seconds * 1e6:.1f} us"
         return f"{before} -> {after}, x {self.shipped_seconds / self.seconds:.2f} ({self.workload})"
 
 
@@ -109,16 +109,16 @@ def tune(
         for shipped in reached:
             left.remove(shipped)
             yield _tune_row(shipped, workload, given, device, table, candidates)
-    yield from (f"{_where(r)}: no workload launches it" for r in left)
+    yield from (f"{place(r)}: no workload launches it" for r in left)
 
 
 def _tune_row(shipped: Row, workload: Workload, given: Given, device: Device, table: list[Row], candidates: int) -> Tuned | str:
     """The race for one row."""
     (model,) = (k for k in KERNELS if k.name == shipped["kernel"])
-    place = shipped["target"], shipped["bits"], shipped["size"]
-    guesses = [row_of(model, *place, guess) for guess in ranked(model, *place)[:candidates]]
-    rows = {_config(row): row for row in (shipped, *guesses)}  # the shipped one first
-    own = _config(shipped)
+    at = shipped["target"], shipped["bits"], shipped["size"]
+    guesses = [row_of(model, *at, guess) for guess in ranked(model, *at)[:candidates]]
+    rows = {choice(row): row for row in (shipped, *guesses)}  # the shipped one first
+    own = choice(shipped)
     contenders: dict[str, _Contender] = {}
     dropped: dict[str, str] = {}
 
@@ -140,7 +140,7 @@ def _tune_row(shipped: Row, workload: Workload, given: Given, device: Device, ta
     runners = {name: Runner(Call(partial(_replay, timed)), ("step",)) for name, timed in launches}
     race(dict(runners), device, RACE_SECONDS, failed)
     if own in dropped:
-        return f"{_where(shipped)}: the row that ships, {dropped[own]} ({workload.name})"
+        return f"{place(shipped)}: the row that ships, {dropped[own]} ({workload.name})"
     seconds = {name: summary(runners[name].times)["step"]["median"] for name in contenders}
     best = min(seconds, key=lambda name: seconds[name])
     chosen = best if seconds[best] < seconds[own] * (1 - GAIN) else own
@@ -230,11 +230,3 @@ def put_row(row: Row, folder: Path = TABLES) -> list[Path]:
     """Write a row in place of that with its kernel, target, bits and size; all others stay. Returns the files that changed."""
     alike = [r for r in read_rows(folder) if all(r[key] == row[key] for key in ("kernel", "target", "bits"))]
     return write_rows([row if r["size"] == row["size"] else r for r in alike], folder)
-
-
-def _config(row: Row) -> str:
-    return describe(row).partition(": ")[2]
-
-
-def _where(row: Row) -> str:
-    return describe(row).partition(": ")[0]

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from smalt.kernels.launch import TABLES, TARGETS
+from smalt.profiling.kernels import configure as module
 from smalt.profiling.kernels.chips import CHIPS
 from smalt.profiling.kernels.configure import configure, write_rows
 from smalt.profiling.kernels.launch_model import KERNELS, MACHINES, MatrixKernel, ranked, row, sizes
@@ -62,6 +64,61 @@ def test_writing_replaces_the_rows_of_the_same_kernel_chip_and_width_only(tmp_pa
     assert [r for r in old if r not in written] == [old[2]]
 
 
+def test_a_kernel_without_a_table_is_an_error_before_anything_is_written(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"no table in .* has rows of \['adamw'\]: write its row for the interpreter first"):
+        write_rows([next(r for r in SHIPPED if r["kernel"] == "adamw")], tmp_path)
+    assert (tmp_path / "a.json").read_text() == "[]"
+
+
+def made_up(spilling):
+    """What the compiling processes would give: of the configurations that ``spilling`` names, spills."""
+    tasks = []
+
+    def run_tasks(given, jobs):
+        tasks.extend(given)
+        results = []
+        for task in given:
+            rows = [r for r in json.loads(Path(task["rows"]).read_text()) if r["target"] == task["target"]]
+            found = [{**r, "spills": 5 * spilling(r, task), "shared": 0} for r in rows]
+            results.append({"rows": found, "problems": []})
+        return results
+
+    return run_tasks, tasks
+
+
+def test_a_row_is_left_alone_where_everything_spills(monkeypatch):
+    run_tasks, _ = made_up(lambda r, task: r["size"] == task["size"] == 256)
+    monkeypatch.setattr(module, "run_tasks", run_tasks)
+    monkeypatch.setattr(module, "MAX_ROUNDS", 3)
+    rows, refused = configure("attention_dq", ["sm_90"])
+    places = [(r["bits"], r["size"]) for r in rows]
+    assert sorted(places) == [(bits, size) for bits in (16, 32) for size in sizes(BY_NAME["attention_dq"], bits)]
+    for bits in (16, 32):
+        mine = {"kernel": "attention_dq", "target": "sm_90", "bits": bits, "size": 256}
+        assert [r for r in rows if r.items() >= mine.items()] == [r for r in SHIPPED if r.items() >= mine.items()]
+    assert len([line for line in refused if "its row is left as it is" in line]) == 2
+
+
+def test_what_spills_is_not_tried_with_more_stages(monkeypatch):
+    run_tasks, _ = made_up(lambda r, task: (r["num_warps"], r["bits"]) == (8, 16))
+    monkeypatch.setattr(module, "run_tasks", run_tasks)
+    rows, refused = configure("attention_dq", ["sm_90"])
+    assert all(r["num_warps"] != 8 for r in rows if r["bits"] == 16)
+    tried = [line.partition(" warps")[0] for line in refused]
+    assert tried
+    assert len(set(tried)) == len(tried)
+
+
+def test_a_row_is_compiled_at_every_size_of_the_model_that_takes_it(monkeypatch):
+    run_tasks, tasks = made_up(lambda r, task: False)
+    monkeypatch.setattr(module, "run_tasks", run_tasks)
+    configure("attention_dq", ["sm_90"])
+    assert {(t["dtype"], t["size"]) for t in tasks} == {("bf16", 64), ("bf16", 72), ("bf16", 80), ("bf16", 128), ("bf16", 256)} | {
+        ("fp32", 72), ("fp32", 128), ("fp32", 256),
+    }  # fmt: skip
+
+
 def test_names_that_do_not_exist_are_errors():
     with pytest.raises(ValueError, match="unknown kernel 'none'"):
         configure("none")
@@ -71,8 +128,6 @@ def test_names_that_do_not_exist_are_errors():
 
 @pytest.mark.slow
 def test_what_spills_is_refused_and_the_next_one_tried(monkeypatch):
-    import smalt.profiling.kernels.configure as module
-
     kernel = BY_NAME["rms_norm_backward"]
     guesses = ranked(kernel, "sm_90", 16, 8192)
     spilling = replace(guesses[0], tiles={**guesses[0].tiles, "BLOCK_T": 1}, num_warps=2)  # 128 columns of several tensors a thread

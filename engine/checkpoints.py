@@ -23,8 +23,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from smalt.model import ModelConfig, MultimodalModel
-from smalt.parallel import World
+from smalt.model import ModelConfig
+from smalt.parallel import ParallelModel, World
 
 from .errors import UserError
 
@@ -54,7 +54,7 @@ class CheckpointWriter:
         self.folder, self.keep, self.world, self.on_error = folder, keep, world, on_error
         self.pending: tuple[Future, int] | None = None
         # Collectives of a save run in its thread: on the group of training they would mix with those of the step.
-        self.group = dist.new_group(backend="gloo") if world.mesh is not None else None
+        self.group = dist.new_group(backend="gloo") if world.meshes is not None else None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(f"*{PARTIAL}"):
@@ -149,7 +149,7 @@ def load_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
         raise UserError(f"checkpoint {checkpoint.path} cannot be loaded: {_root_cause(error)}") from error
 
 
-def training_tensors(model: MultimodalModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def training_tensors(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights as ``model.NAME``, AdamW's moments as ``optimizer.exp_avg.NAME`` and so on, made now where no step was taken yet."""
     tensors: dict[str, Tensor] = {f"model.{n}": p.data for n, p in model.named_parameters()}
     names = {p: n for n, p in model.named_parameters()}

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from smalt.model import PARTS, PRESETS, ModelConfig
+from smalt.parallel import ParallelConfig
 
 from .errors import UserError
 
@@ -143,6 +144,8 @@ class RunConfig(Section):
     """Where the data is and how it is packed."""
     stages: dict[str, StageConfig]
     """The phases of training, in order."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout over the processes; docs/parallel.md."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from rich.table import Table
 
 from smalt.model import Document, MultimodalModel
@@ -72,10 +71,7 @@ def evaluate(
             continue  # no two questions can exchange their images
         outcomes = _answer(model, encoder, asked[world.rank :: world.size], config)
         counts = torch.tensor(outcomes, dtype=torch.float64).reshape(-1, 2).sum(0)
-        if world.mesh is not None:
-            counts = counts.to(world.device)
-            dist.all_reduce(counts)
-        right, thought = counts.tolist()
+        right, thought = world.sum(counts.to(world.device)).tolist()
         commonest = Counter(q.truth for q in asked).most_common(1)[0][1] / len(asked)
         scores.append(Score(task, mode, budget, shuffled, len(asked), right / len(asked), commonest, thought / len(asked)))
     progress(len(conditions), len(conditions))

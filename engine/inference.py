@@ -13,7 +13,7 @@ from rich.console import Console
 from smalt.model import MultimodalModel, build_model
 from smalt.model.generate import Sampling
 from smalt.model.generate import generate as generate_tokens
-from smalt.parallel import World
+from smalt.parallel import alone
 
 from .checkpoints import check_architecture, latest_checkpoint, load_tensors
 from .config import RunConfig
@@ -67,10 +67,10 @@ def evaluate_run(folder: Path, questions: int | None) -> None:
     run = load_run(folder)
     if not run.data.questions:
         raise UserError(f"the config of {folder} has no evaluation.sources")
-    console, alone = Console(highlight=False), World(0, 1, run.device, None)
+    console = Console(highlight=False)
     with console.status("evaluating"):
         limit = questions or run.config.evaluation.questions
-        scores = evaluate(run.model, run.data.encoder, run.data.questions, run.config.evaluation, limit, alone)
+        scores = evaluate(run.model, run.data.encoder, run.data.questions, run.config.evaluation, limit, alone(run.device))
     (folder / EVALUATION).write_text(json.dumps(scores_json(scores), indent=1) + "\n")
     console.print(scores_table(scores))
     plot_run(read_metrics(folder), folder)

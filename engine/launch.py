@@ -13,10 +13,11 @@ import torch.distributed as dist
 import tyro
 
 from smalt.model import PRESETS
-from smalt.parallel import World
+from smalt.parallel import World, join_world
 
 from .checkpoints import Checkpoint, check_architecture, latest_checkpoint
 from .config import RunConfig, load_config, parse_config
+from .errors import UserError
 from .run_folder import CHECKPOINTS, latest_run, new_run, read_config
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.toml"
@@ -71,9 +72,17 @@ def parse_launch(arguments: Sequence[str]) -> Launch:
     return Launch(config, folder, checkpoint, own.dry_run)
 
 
+def join(config: RunConfig) -> World:
+    """Join the processes of the run. Raises UserError when their number is not that of the layout."""
+    try:
+        return join_world(config.device, config.parallel)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def agree_on_folder(launch: Launch, world: World) -> Launch:
     """The launch with the folder of the first process: each made the name of its own from the time."""
-    if world.mesh is None:
+    if world.meshes is None:
         return launch
     folder: list[Any] = [launch.folder]
     dist.broadcast_object_list(folder, src=0)

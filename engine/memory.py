@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,14 +20,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explain_out_of_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, doing: str, advice: str) -> Iterator[None]:
+def explain_out_of_memory(
+    parameters: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer | None, doing: str, advice: str
+) -> Iterator[None]:
     """Turn an allocation failure inside the ``with`` block into a UserError. ``advice``: the settings that would help."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        parameters = list(model.parameters())
+        parameters = list(parameters)
         states = optimizer.state.values() if optimizer is not None else ()
         held = {
             "weights": sum(map(_bytes, parameters)),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from smalt.model import MultimodalModel, PackedBatch
+from smalt.parallel import PackShard
 
 
-def pack_loss(model: MultimodalModel, pack: PackedBatch) -> Tensor:
-    """Weighted sum of the negative log-likelihood, in nats, over the labels of a pack."""
-    return (model(pack) * pack.loss_weight).sum()
+def pack_loss(nll: Tensor, shard: PackShard) -> Tensor:
+    """Weighted sum of the negative log-likelihood, in nats, over this rank's rows of a pack."""
+    return (nll * shard.loss_weight).sum()

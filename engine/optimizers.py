@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
-from smalt.model import MultimodalModel
+from smalt.model import PARTS
 
 from .config import OptimizerConfig, StageConfig
 
 
-def set_trainable(model: MultimodalModel, stage: StageConfig) -> None:
-    """Freeze the parts that the stage does not name."""
-    for name, part in model.named_children():
-        part.requires_grad_(stage.trainable.get(name, 0.0) > 0)
+def trainable_parts(stage: StageConfig) -> list[str]:
+    """The parts that learn; the others are frozen."""
+    return [part for part in PARTS if stage.trainable.get(part, 0.0) > 0]
 
 
-def build_optimizer(model: MultimodalModel, stage: StageConfig, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], stage: StageConfig, config: OptimizerConfig) -> torch.optim.AdamW:
     """One group for each part and kind: matrices decay, vectors (norms, biases) do not; ``multiplier`` scales the rate."""
-    groups = []
-    for name, part in model.named_children():
-        parameters = [p for p in part.parameters() if p.requires_grad]
+    groups, everything = [], list(named)
+    for name in PARTS:
+        parameters = [p for n, p in everything if n.startswith(f"{name}.") and p.requires_grad]
         for matrices in (True, False):
             chosen = [p for p in parameters if (p.ndim > 1) == matrices]
             decay = config.weight_decay if matrices else 0.0

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from smalt.model import PackedBatch, build_model
-from smalt.parallel import World, clip_gradients, reduce_gradients_at, reshard, shard_model, sum_over_ranks
+from smalt.model import pack
+from smalt.model.cost import Workload
+from smalt.parallel import PackShard, ParallelModel, World
 
 from .checkpoints import Checkpoint, load_tensors, training_tensors
 from .config import RunConfig
@@ -23,7 +24,7 @@ from .data.stream import Presentation, grain, sample_stream
 from .data.validation import ValidationSet
 from .memory import explain_out_of_memory
 from .objectives import pack_loss
-from .optimizers import build_optimizer, learning_rate, set_learning_rate, set_trainable
+from .optimizers import build_optimizer, learning_rate, set_learning_rate, trainable_parts
 
 # With bfloat16 the weights stay float32 and autocast does the arithmetic.
 PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
@@ -62,19 +63,21 @@ class Stage:
     ):
         self.run_config, self.config, self.name, self.world = config, config.stages[name], name, world
         torch.manual_seed(config.seed)
+        length = self.config.sequence_length
         # A fresh model for each stage: FSDP fixes what is trainable when it wraps.
-        self.model = build_model(config.model, config.seed, world.device, PARAMETER_DTYPES[config.dtype])
+        self.model = ParallelModel(
+            config.model, world, config.seed, PARAMETER_DTYPES[config.dtype], trainable_parts(self.config), length,
+            typical_work(config, name, data) if world.parallel.pp > 1 else None, autocast=config.dtype == "bfloat16",
+        )  # fmt: skip
         if weights is not None:
-            self.model.load_state_dict(weights)
-        set_trainable(self.model, self.config)
-        shard_model(self.model, world.mesh)
-        self.optimizer = build_optimizer(self.model, self.config, config.optimizer)
+            self.model.copy_weights(weights)
+        self.optimizer = build_optimizer(self.model.named_parameters(), self.config, config.optimizer)
         self.done, self.loader_state = 0, PackerState()
         if checkpoint is not None:
             self.done, self.loader_state = checkpoint.state["stage_step"], PackerState(**checkpoint.state["loader"])
             self._restore(checkpoint)
         self.rate = 0.0
-        limit, length = config.data.validation_documents, self.config.sequence_length
+        limit = config.data.validation_documents
         self.validation = ValidationSet(data.validation, data.encoder, limit, length, config.model, world)
         self.loader = self._loader(data)
 
@@ -92,7 +95,7 @@ class Stage:
         read = stage_stream(config, self.name, data).__getitem__
         packer = Packer(read, length, config.data.packs_per_step, config.data.window, config.data.long_documents, self.loader_state)
         attention, tile = config.model.image_attention, config.model.vision.tile
-        return Loader(packer, self.world.rank, self.world.size, attention, tile, config.data.prefetch)
+        return Loader(packer, self.world.replica, self.world.num_replicas, attention, tile, config.data.prefetch)
 
     def batches(self) -> Iterator[StepBatch]:
         """What is left of the stage, step by step."""
@@ -100,47 +103,31 @@ class Stage:
             yield next(self.loader)
 
     def train_step(self, batch: StepBatch) -> StepResult:
-        """Forward and backward over this rank's packs, one reduction, clip, AdamW."""
+        """Forward and backward over this replica's packs, one reduction, clip, AdamW."""
         self.rate = learning_rate(self.config, self.done)
         set_learning_rate(self.optimizer, self.rate)
         self.done, self.loader_state = self.done + 1, batch.state
         if batch.loss_tokens == 0:
             return StepResult(0.0, 0.0, "no loss token")
         with self._explain_out_of_memory():
-            loss = self._backward(batch)
-            norm = clip_gradients(list(self.model.parameters()), self.run_config.optimizer.clip, self.world)
+            loss = float(self.world.sum(self.model.accumulate(batch.packs, _share(batch.loss_tokens))))
+            norm = self.model.clip_gradients(self.run_config.optimizer.clip)
             finite = math.isfinite(loss) and math.isfinite(norm)
             if finite:
                 self.optimizer.step()
         self.optimizer.zero_grad()
         return StepResult(loss, norm, None if finite else "non-finite")
 
-    def _backward(self, batch: StepBatch) -> float:
-        """Gradients of the step's loss; returns the loss over all ranks."""
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for i, pack in enumerate(batch.packs):
-            reduce_gradients_at(self.model, last=i == len(batch.packs) - 1)
-            loss = self._loss(pack) / batch.loss_tokens
-            loss.backward()
-            total += loss.detach()
-        return float(sum_over_ranks(total, self.world))
-
-    def _loss(self, pack: PackedBatch) -> Tensor:
-        pack = pack.to(self.world.device, PARAMETER_DTYPES[self.run_config.dtype])
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.run_config.dtype == "bfloat16"):
-            return pack_loss(self.model, pack)
-
     def _explain_out_of_memory(self) -> AbstractContextManager[None]:
         length = f"stages.{self.name}.sequence_length (now {self.config.sequence_length})"
         advice = f"a smaller {length}; dtype = 'bfloat16'"
-        return explain_out_of_memory(self.model, self.optimizer, f"stage {self.name}", advice)
+        return explain_out_of_memory(self.model.parameters(), self.optimizer, f"stage {self.name}", advice)
 
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Held-out loss by source, named as metrics."""
         with self._explain_out_of_memory():
-            losses = self.validation.losses(self._loss)
-        reshard(self.model)
+            count = self.run_config.data.packs_per_step // self.world.num_replicas
+            losses = self.validation.losses(lambda packs: self.model.evaluate(packs, pack_loss, count))
         return {f"validation_loss/{name}": value for name, value in losses.items()}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -170,3 +157,17 @@ def stage_stream(config: RunConfig, name: str, data: RunData) -> grain.MapDatase
     stage = config.stages[name]
     seed = config.seed * 1000 + list(config.stages).index(name) * 100
     return sample_stream(data.sources, stage.mixture, data.encoder, Presentation(stage.think, stage.truncate), seed)
+
+
+def typical_work(config: RunConfig, name: str, data: RunData) -> Workload:
+    """The mean work of a pack over the stage's first step, by which a pipeline is cut."""
+    length = config.stages[name].sequence_length
+    read = stage_stream(config, name, data).__getitem__
+    packer = Packer(read, length, config.data.packs_per_step, config.data.window, config.data.long_documents)
+    packs = [pack(documents, length, config.model.image_attention, config.model.vision.tile) for documents in packer.next().packs]
+    pairs = sum(int((p.kv_end.long() - p.kv_start).sum()) for p in packs)
+    return Workload(length, pairs / len(packs), sum(len(p.tiles) for p in packs) / len(packs))
+
+
+def _share(loss_tokens: float) -> Callable[[Tensor, PackShard], Tensor]:
+    return lambda nll, shard: pack_loss(nll, shard) / loss_tokens

@@ -7,9 +7,9 @@ import sys
 import time
 
 from smalt.engine.errors import BadRecord, UserError
-from smalt.engine.launch import Launch, agree_on_folder, parse_launch
+from smalt.engine.launch import Launch, agree_on_folder, join, parse_launch
 from smalt.engine.trainer import Run, dry_run
-from smalt.parallel import World, join_world, leave_world
+from smalt.parallel import World, leave_world
 
 
 def train(launch: Launch, world: World) -> None:
@@ -26,7 +26,7 @@ def train(launch: Launch, world: World) -> None:
 def main(arguments: list[str]) -> int:
     try:
         launch = parse_launch(arguments)
-        world = join_world(launch.config.device)
+        world = join(launch.config)
         launch = agree_on_folder(launch, world)
         if launch.dry_run:
             plan = dry_run(launch, world)

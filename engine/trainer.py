@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smalt.model import ModelConfig, MultimodalModel, build_model, count_parameters
-from smalt.parallel import World, full_state
+from smalt.parallel import ParallelModel, World
 
 from .checkpoints import CheckpointWriter
 from .config import RunConfig
@@ -37,7 +37,7 @@ class Run:
         self.step = self.checkpoint.step if self.checkpoint else 0
         self.counters: Counter[str] = Counter(self.checkpoint.state["counters"] if self.checkpoint else {})
         self.bad_steps = 0
-        self.model: MultimodalModel | None = None
+        self.model: ParallelModel | None = None
         self.progress = RunProgress(self.config.total_steps, self.step, world.is_main)
         self.folder = RunFolder(launch.folder, self.config, world.is_main, self.step if self.checkpoint else None)
         self.writer = CheckpointWriter(launch.folder / CHECKPOINTS, self.config.checkpoint.keep, world, self._checkpoint_failed)
@@ -49,7 +49,7 @@ class Run:
         if started not in names:
             raise UserError(f"the checkpoint is of stage {started!r}; the config has {', '.join(names)}")
         for name in names[names.index(started) :]:
-            weights = full_state(self.model) if self.model is not None else None
+            weights = dict(self.model.named_parameters()) if self.model is not None else None
             checkpoint = self.checkpoint if name == started else None
             stage = Stage(self.config, name, self.world, self.data, weights, checkpoint)
             self.model = stage.model
@@ -118,7 +118,7 @@ class Run:
             return {}
         config = self.config.evaluation
         advice = f"a smaller evaluation.batch (now {config.batch}) or evaluation.max_tokens (now {config.max_tokens})"
-        with explain_out_of_memory(self.model, None, "evaluation", advice):
+        with explain_out_of_memory(self.model.parameters(), None, "evaluation", advice):
             model = whole_model(self.model, self.config.model)
             scores = evaluate(model, self.data.encoder, self.data.questions, config, questions, self.world, self.progress.evaluation)
         if final:
@@ -158,11 +158,11 @@ def dry_run(launch: Launch, world: World) -> str:
     return "\n".join(lines)
 
 
-def whole_model(model: MultimodalModel, config: ModelConfig) -> MultimodalModel:
-    """The model itself where it is not sharded, else a copy with every shard gathered."""
-    weights: dict[str, Tensor] = full_state(model)
-    if all(weights[name].shape == p.shape and weights[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters()):
-        return model
+def whole_model(model: ParallelModel, config: ModelConfig) -> MultimodalModel:
+    """The model itself where one process has it, else a copy with every shard gathered."""
+    if model.world.meshes is None:
+        return model.parts[0]
+    weights: dict[str, Tensor] = model.full_state()
     with torch.device("meta"):
         copy = MultimodalModel(config)
     copy.load_state_dict(weights, assign=True)
@@ -170,8 +170,12 @@ def whole_model(model: MultimodalModel, config: ModelConfig) -> MultimodalModel:
 
 
 def _check_layout(config: RunConfig, world: World) -> None:
-    if config.data.packs_per_step % world.size:
-        raise UserError(f"data.packs_per_step = {config.data.packs_per_step} is not a multiple of the {world.size} processes")
+    try:
+        world.parallel.check_microbatches(config.data.packs_per_step)
+        for stage in config.stages.values():
+            world.parallel.check_model(config.model, stage.sequence_length)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _due(step: int, every: int) -> bool:

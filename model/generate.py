@@ -176,7 +176,7 @@ class _CachedLogits:
         self.layers = [LayerCache(len(prompts), capacity, model.config.language, x) for _ in model.language.blocks]
         sequence = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(lengths)).to(self.device)
         step = CacheStep(self.layers, sequence, batch.positions.long(), decode=False)
-        hidden = model.language(x, batch.positions, batch.kv_start, batch.kv_end, step)
+        hidden = model.language(x, model.language.rows(batch.positions, batch.kv_start, batch.kv_end, x.dtype), step)
         self.next_position = torch.tensor(lengths, device=self.device)
         self.hidden = hidden[self.next_position.cumsum(0) - 1]
 
@@ -187,15 +187,16 @@ class _CachedLogits:
         if not keep:
             return
         if len(keep) < len(tokens):
-            rows = torch.tensor(keep, device=self.device)
+            left = torch.tensor(keep, device=self.device)
             for layer in self.layers:
-                layer.select(rows)
-            tokens, self.next_position = tokens[keep], self.next_position[rows]
+                layer.select(left)
+            tokens, self.next_position = tokens[keep], self.next_position[left]
         x = self.model.language.embedding(tokens.to(self.device))
         sequence = torch.arange(len(keep), device=self.device)
         step = CacheStep(self.layers, sequence, self.next_position, decode=True)
         nothing = self.next_position.new_zeros(len(keep))  # a decode step reads the cache, not intervals
-        self.hidden = self.model.language(x, self.next_position, nothing, nothing, step)
+        rows = self.model.language.rows(self.next_position, nothing, nothing, x.dtype, decode=True)
+        self.hidden = self.model.language(x, rows, step)
         self.next_position = self.next_position + 1
 
 

@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
 @dataclass
 class Rows:
-    """What the attention of every layer needs to know of the rows it is given.
+    """What every layer needs to know of the rows it is given, and how they attend.
 
     kv_start, kv_end: int32 [T], intervals over the keys of the pack; plan: made of them, None for a decode step;
     cos, sin: [T, D/2].
@@ -35,6 +35,10 @@ class Rows:
     plan: AttentionPlan | None
     cos: Tensor
     sin: Tensor
+
+    def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        """Attention of these rows, [T, H, D]. On a mesh the keys of other ranks take part."""
+        return attention(q_THD, k_TKD, v_TKD, self.kv_start, self.kv_end, plan=self.plan)
 
 
 class LayerCache:
@@ -82,7 +86,7 @@ class Attention(nn.Module):
             if step.decode:
                 filled = int(step.position.max()) + 1
                 return self.out(decode_attention(q, cache.k[:, :filled], cache.v[:, :filled], step.position + 1).flatten(1))
-        return self.out(attention(q, k, v, rows.kv_start, rows.kv_end, plan=rows.plan).flatten(1))
+        return self.out(rows.attend(q, k, v).flatten(1))
 
 
 def _normalise_and_turn(x_THD: Tensor, norm: RMSNorm | None, rows: Rows) -> Tensor:
@@ -106,13 +110,16 @@ class DecoderBlock(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Embeddings [T, C] to final hidden states [T, C]; ``head_weight`` is what the hidden states are projected with."""
+    """Embeddings [T, C] to final hidden states [T, C]; ``head_weight`` is what the hidden states are projected with.
+
+    Blocks are kept by number, so that a part of the model, which holds some of them, calls its parameters by the same names.
+    """
 
     def __init__(self, config: LanguageConfig):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleDict({str(i): DecoderBlock(config) for i in range(config.num_layers)})
         self.norm = RMSNorm(config.width, config.norm_eps)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.width, config.vocabulary, bias=False)
@@ -121,11 +128,17 @@ class LanguageModel(nn.Module):
     def head_weight(self) -> Tensor:
         return self.embedding.weight if self.config.tie_embeddings else self.head.weight
 
-    def forward(self, x_TC: Tensor, positions: Tensor, kv_start: Tensor, kv_end: Tensor, step: CacheStep | None = None) -> Tensor:
-        wide = torch.promote_types(x_TC.dtype, torch.float32)
-        table = rotary_table(positions, self.config.head_dim, self.config.rope_theta, wide)
-        plan = None if step and step.decode else attention_plan(kv_start, kv_end)
-        rows = Rows(kv_start, kv_end, plan, *table)
-        for i, block in enumerate(self.blocks):
+    def rows(self, positions: Tensor, kv_start: Tensor, kv_end: Tensor, dtype: torch.dtype, decode: bool = False) -> Rows:
+        """The rows of a pack, each with its position in its document; ``dtype``: of the hidden states."""
+        plan = None if decode else attention_plan(kv_start, kv_end)
+        return Rows(kv_start, kv_end, plan, *self.rotary(positions, dtype))
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, D/2] in at least fp32."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return rotary_table(positions, self.config.head_dim, self.config.rope_theta, wide)
+
+    def forward(self, x_TC: Tensor, rows: Rows, step: CacheStep | None = None) -> Tensor:
+        for i, block in enumerate(self.blocks.values()):
             x_TC = block(x_TC, rows, step.layers[i] if step else None, step)
         return self.norm(x_TC)

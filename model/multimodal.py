@@ -31,7 +31,7 @@ class MultimodalModel(nn.Module):
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Final hidden states [T, C]."""
         x = self.embed(batch.tokens, batch.image_index, batch.tiles)
-        return self.language(x, batch.positions, batch.kv_start, batch.kv_end)
+        return self.language(x, self.language.rows(batch.positions, batch.kv_start, batch.kv_end, x.dtype))
 
     def embed(self, tokens: Tensor, image_index: Tensor, tiles: Tensor) -> Tensor:
         """Token embeddings [T, C] with the rows of ``image_index`` replaced by the projected tiles.
@@ -43,13 +43,18 @@ class MultimodalModel(nn.Module):
             raise ValueError(f"{image_index.shape[0]} image rows for {tiles.shape[0]} tiles; the tiles make {expected} tokens")
         x = self.language.embedding(tokens)
         if tiles.shape[0]:
-            seen = self.projector(self.vision(tiles))
-            return x.index_copy(0, image_index, seen.to(x.dtype))
-        # A pack without images still runs the tower, on one blank tile with weight 0: on a mesh the collectives of a step are
-        # the same on every rank whatever its data.
+            return x.index_copy(0, image_index, self.see(tiles).to(x.dtype))
+        # A pack without images still runs the tower: on a mesh the collectives of a step are the same on every rank whatever its data.
+        return x + self.see_nothing(x).sum().to(x.dtype)
+
+    def see(self, tiles: Tensor) -> Tensor:
+        """Tiles [N, 3, S, S] as rows of the language model, [V, C]."""
+        return self.projector(self.vision(tiles))
+
+    def see_nothing(self, like: Tensor) -> Tensor:
+        """The rows of one blank tile with weight 0, of a dtype and a device. Connected to the loss: every weight has a gradient."""
         side = self.config.vision.tile
-        blank = x.new_zeros(1, 3, side, side)
-        return x + 0.0 * self.projector(self.vision(blank)).sum().to(x.dtype)
+        return 0.0 * self.see(like.new_zeros(1, 3, side, side))
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

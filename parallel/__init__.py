@@ -1,16 +1,8 @@
 """Puts a model on a mesh of processes. Knows nothing of stages."""
 
-from .mesh import World, join_world, leave_world
-from .sharding import clip_gradients, full_state, reduce_gradients_at, reshard, shard_model, sum_over_ranks
+from .batch import PackShard
+from .config import ParallelConfig
+from .mesh import World, alone, join_world, leave_world
+from .model import ParallelModel
 
-__all__ = [
-    "World",
-    "clip_gradients",
-    "full_state",
-    "join_world",
-    "leave_world",
-    "reduce_gradients_at",
-    "reshard",
-    "shard_model",
-    "sum_over_ranks",
-]
+__all__ = ["PackShard", "ParallelConfig", "ParallelModel", "World", "alone", "join_world", "leave_world"]

@@ -1,4 +1,4 @@
-"""The processes of a run, and the mesh they form."""
+"""The processes of a run, and the meshes they form."""
 
 from __future__ import annotations
 
@@ -8,43 +8,115 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from .config import AXES, ParallelConfig
 
 TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
+class Meshes:
+    """The same processes seen four ways; a rank is (pp, dp, fsdp, cp, tp), pp outermost.
+
+    weights: (dp, shard) of the decoder, shard = fsdp x cp; where there is one replica, shard alone. vision: the same of the vision
+    tower and the projector, shard = fsdp x cp x tp. tp, cp, pp: one axis each. tiles: cp x tp, the ranks that share a pack.
+    """
+
+    weights: DeviceMesh
+    vision: DeviceMesh
+    tp: DeviceMesh
+    cp: DeviceMesh
+    tiles: DeviceMesh
+    pp: DeviceMesh
+
+
+@dataclass(frozen=True)
 class World:
-    """This process among all. mesh: one axis, ``fsdp``; None for a single process, which needs no process group."""
+    """This process among all. parallel: the sizes of the axes; meshes: None for a single process, which needs no process group."""
 
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None
+    parallel: ParallelConfig
+    meshes: Meshes | None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def coordinates(self) -> dict[str, int]:
+        """Where this rank stands on each axis."""
+        place, rest = {}, self.rank
+        for axis in reversed(AXES):
+            rest, place[axis] = divmod(rest, getattr(self.parallel, axis) or 1)
+        return place
 
-def join_world(device: str = "auto") -> World:
-    """Join the processes that torchrun started, or stand alone. device: "auto" (a GPU where there is one), "cpu" or "cuda"."""
+    @property
+    def num_replicas(self) -> int:
+        """Groups of ranks that take different packs: dp x fsdp."""
+        return self.parallel.dp * (self.parallel.fsdp or 1)
+
+    @property
+    def replica(self) -> int:
+        """Which of them this rank belongs to."""
+        place = self.coordinates
+        return place["dp"] * (self.parallel.fsdp or 1) + place["fsdp"]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, in place, the same bits on each."""
+        if self.meshes is not None:
+            dist.all_reduce(values)
+        return values
+
+
+def alone(device: torch.device) -> World:
+    """A single process, without a process group."""
+    return World(0, 1, device, ParallelConfig(fsdp=1), None)
+
+
+def join_world(device: str = "auto", parallel: ParallelConfig | None = None) -> World:
+    """Join the processes that torchrun started, or stand alone. device: "auto" (a GPU where there is one), "cpu" or "cuda".
+
+    Raises ValueError when the axes do not multiply to the number of processes.
+    """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    parallel = (parallel or ParallelConfig()).sized(size)
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(target)
     if size == 1:
-        return World(0, 1, target, None)
+        return alone(target)
     # Workers that torchrun restarts would read the addresses of the dead ones from the old keys: every life has its own prefix.
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     life = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore(life, store), rank=rank, world_size=size, timeout=TIMEOUT)
-    return World(rank, size, target, init_device_mesh(kind, (size,), mesh_dim_names=("fsdp",)))
+    return World(rank, size, target, parallel, build_meshes(parallel, kind))
+
+
+def build_meshes(parallel: ParallelConfig, kind: str) -> Meshes:
+    """The meshes over all processes of the default group. kind: "cpu" or "cuda"."""
+    pp, dp, fsdp, cp, tp = (getattr(parallel, axis) for axis in AXES)
+
+    # Each view is a mesh of its own over all ranks: slices of a flattened axis are private to torch, and about to go.
+    def view(**axes: int) -> DeviceMesh:
+        return init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+    def shards(mesh: DeviceMesh, axis: str) -> DeviceMesh:
+        return mesh["dp", axis] if dp > 1 else mesh[axis]
+
+    weights = view(pp=pp, dp=dp, fsdp_cp=fsdp * cp, tp=tp)
+    vision = view(pp=pp, dp=dp, fsdp_cp_tp=fsdp * cp * tp)
+    rows = view(pp_dp_fsdp=pp * dp * fsdp, cp=cp, tp=tp)
+    tiles = view(pp_dp_fsdp=pp * dp * fsdp, cp_tp=cp * tp)
+    return Meshes(shards(weights, "fsdp_cp"), shards(vision, "fsdp_cp_tp"), weights["tp"], rows["cp"], tiles["cp_tp"], weights["pp"])
 
 
 def leave_world(world: World) -> None:
     """Close the process group."""
-    if world.mesh is not None:
+    if world.meshes is not None:
         dist.destroy_process_group()

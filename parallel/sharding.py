@@ -1,69 +1,41 @@
-"""Fully sharded data parallel (FSDP2) whose numbers are those of one process, and what must be summed over its shards."""
+"""Fully sharded data parallel (FSDP2; Zhao et al. 2023, arXiv 2304.11277) whose gradients are those of one process."""
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from itertools import pairwise
 
-from smalt.model import MultimodalModel
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from .mesh import World
+from .part import ModelPart
 
 
-def shard_model(model: MultimodalModel, mesh: DeviceMesh | None) -> None:
-    """Shard the parameters over the mesh in place, block by block; without a mesh nothing changes.
+def shard_part(part: ModelPart, world: World) -> None:
+    """Shard the parameters of a part in place, block by block; what no block holds is gathered with the root.
 
-    Gradients are summed over ranks, not averaged: the loss of each rank is already divided by the tokens of all.
+    The decoder's over fsdp x cp, the tower's and the projector's over fsdp x cp x tp: every rank of a mesh sees other rows, or other
+    tiles, and the reduction of FSDP is the whole reduction. Gradients are summed over ranks, not averaged, in the parameters'
+    dtype: the loss of each rank is already divided by the tokens of all.
     """
-    if mesh is None:
-        return
-    for block in [*model.vision.blocks, *model.language.blocks]:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    for module in model.modules():
+    assert world.meshes is not None
+    reshard = not world.parallel.keeps_gathered
+    tower = [*part.vision.blocks, part.vision, part.projector] if part.is_first else []
+    for module in tower:
+        fully_shard(module, mesh=world.meshes.vision, reshard_after_forward=reshard)
+    for block in part.language.blocks.values():
+        fully_shard(block, mesh=world.meshes.weights, reshard_after_forward=reshard)
+    fully_shard(part, mesh=world.meshes.weights)
+    for module in part.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             # In float32 a factor makes FSDP ask for a premultiplied sum, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
+    if world.parallel.prefetch:
+        _prefetch([*tower[:-2], *part.language.blocks.values()])
 
 
-def reduce_gradients_at(model: MultimodalModel, last: bool) -> None:
-    """Reduce gradients over ranks in the backward pass to come only if it is the last of a step."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-
-
-def reshard(model: MultimodalModel) -> None:
-    """Give up gathered parameters after a forward pass that no backward pass follows; FSDP keeps those of the root."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
-def sum_over_ranks(values: Tensor, world: World) -> Tensor:
-    """The sum of a tensor over all ranks, the same bits on each."""
-    if world.mesh is not None:
-        dist.all_reduce(values)
-    return values
-
-
-def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float, world: World) -> float:
-    """Scale all gradients so that their global L2 norm is at most ``max_norm``; returns the norm before, summed in float64."""
-    grads = [_local(p.grad) for p in parameters if p.grad is not None]
-    squares = torch.stack([g.double().pow(2).sum() for g in grads]).sum() if grads else torch.zeros((), dtype=torch.float64)
-    norm = float(sum_over_ranks(squares.to(world.device), world).sqrt())
-    if norm > max_norm:
-        torch._foreach_mul_(grads, max_norm / norm)
-    return norm
-
-
-def full_state(model: MultimodalModel) -> dict[str, Tensor]:
-    """Every parameter whole, on each rank."""
-    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in model.named_parameters()}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _prefetch(blocks: list) -> None:
+    """While a block computes, the weights of the next one come: forward and, in the other order, backward."""
+    for block, after in pairwise(blocks):
+        block.set_modules_to_forward_prefetch([after])
+        after.set_modules_to_backward_prefetch([block])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from smalt.model import Document, ModelConfig, PackedBatch, pack
-from smalt.parallel import World, sum_over_ranks
+from smalt.parallel import World
 
 from ..errors import BadRecord
 from .chat import ChatEncoder
@@ -34,22 +33,19 @@ class ValidationSet:
         for name, records in sources.items():
             documents = _documents(records, encoder, limit, length)
             rows = _in_order(documents, length)
-            # Every rank runs as many packs: where they do not divide, the last ones are empty.
-            rows += [[] for _ in range(-len(rows) % world.size)]
-            mine = rows[world.rank :: world.size]
+            # Every replica runs as many packs: where they do not divide, the last ones are empty.
+            rows += [[] for _ in range(-len(rows) % world.num_replicas)]
+            mine = rows[world.replica :: world.num_replicas]
             self.packs[name] = [pack(row, length, model.image_attention, model.vision.tile) for row in mine]
             self.loss_tokens[name] = sum(map(num_targets, documents))
 
-    def losses(self, loss: Callable[[PackedBatch], Tensor]) -> dict[str, float]:
-        """Nats a token by source; ``loss`` gives the sum over a pack. A source without a document that fits has none."""
+    def losses(self, loss: Callable[[list[PackedBatch]], Tensor]) -> dict[str, float]:
+        """Nats a token by source, where a document of it fits; ``loss`` gives a rank's share of the sum over packs."""
         result = {}
         for name, packs in self.packs.items():
             if not self.loss_tokens[name]:
                 continue
-            total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-            for one in packs:
-                total += loss(one)
-            result[name] = float(sum_over_ranks(total, self.world)) / self.loss_tokens[name]
+            result[name] = float(self.world.sum(loss(packs))) / self.loss_tokens[name]
         return result
 
 

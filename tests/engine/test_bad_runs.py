@@ -20,7 +20,7 @@ from smalt.engine.data.packing import PackerState
 from smalt.engine.stage import Stage
 from smalt.engine.train import main
 from smalt.engine.trainer import open_data
-from smalt.parallel import World
+from smalt.parallel import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -177,7 +177,7 @@ def test_a_diverging_run_stops_and_says_what_to_do(tiny_config, run, lines):
 def stage(tiny_config):
     """The stage sft of the tiny run, ready for its first step."""
     config = load_config(tiny_config())
-    stage = Stage(config, "sft", World(0, 1, torch.device("cpu"), None), open_data(config), None, None)
+    stage = Stage(config, "sft", alone(torch.device("cpu")), open_data(config), None, None)
     yield stage
     stage.close()
 

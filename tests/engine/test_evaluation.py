@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,9 +19,9 @@ from smalt.engine.evaluation import Score, _with_images_of_others, evaluate, hea
 from smalt.engine.trainer import open_data
 from smalt.model import build_model
 from smalt.model.generate import Completion, Sampling, generate
-from smalt.parallel import World
+from smalt.parallel import alone
 
-ALONE = World(0, 1, torch.device("cpu"), None)
+ALONE = alone(torch.device("cpu"))
 CONFIG = EvaluationConfig(sources={"read": "r", "sum": "s"}, budget_tasks=["sum"], budgets=[0, 3], max_tokens=8, batch=5)
 
 
@@ -196,6 +197,6 @@ def test_ranks_share_the_questions(setup, parrot, monkeypatch):
 
     parrot(say)
     config = EvaluationConfig(sources={"read": "r"}, max_tokens=8)
-    parts = [evaluate(model, encoder, questions, config, 7, World(rank, 2, torch.device("cpu"), None)) for rank in (0, 1)]
+    parts = [evaluate(model, encoder, questions, config, 7, replace(ALONE, rank=rank, size=2)) for rank in (0, 1)]
     assert sorted(asked) == sorted([*range(7)] * 2)
     assert parts[0][0].accuracy + parts[1][0].accuracy == pytest.approx(1.0)

@@ -50,8 +50,8 @@ def test_scales(make_config):
             assert p.eq(1).all(), name
     language = model.language
     assert language.embedding.weight.std().item() == pytest.approx(0.5, rel=0.02)
-    assert language.blocks[1].gate.weight.std().item() == pytest.approx(0.5, rel=0.02)
-    assert language.blocks[1].down.weight.std().item() == pytest.approx(0.25, rel=0.02)
+    assert language.blocks["1"].gate.weight.std().item() == pytest.approx(0.5, rel=0.02)
+    assert language.blocks["1"].down.weight.std().item() == pytest.approx(0.25, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

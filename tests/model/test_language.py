@@ -39,7 +39,7 @@ def decoded(model, tokens):
     """Final hidden states of one text document."""
     language = model.language
     x = language.embedding.weight[tokens]
-    for block in language.blocks:
+    for block in language.blocks.values():
         x = x + attended(block, torch.stack([rms(row, block.norm1.weight) for row in x]))
         h = torch.stack([rms(row, block.norm2.weight) for row in x])
         gate, up = h @ block.gate.weight.T, h @ block.up.weight.T

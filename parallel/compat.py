@@ -1,0 +1,67 @@
+"""Every private name of torch that Smalt uses, in one place; tests/parallel/test_compat.py holds them against the installed torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+# From 2.12 on; before, the names without "single". They return at once and wait where their result is first used.
+_all_gather: Any = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
+_reduce_scatter: Any = getattr(collectives, "reduce_scatter_single_autograd", None) or collectives.reduce_scatter_tensor_autograd
+_all_to_all: Any = collectives.all_to_all_single_autograd
+
+
+def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The x [n, ...] of all ranks of the group, [size * n, ...], in their order; backward sums the gradients of all ranks."""
+    return _all_gather(x.contiguous(), 0, group)
+
+
+def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
+    """This rank's part [n, ...] of the sum of the x [size * n, ...] of all ranks; backward gathers."""
+    return _reduce_scatter(x.contiguous(), "sum", 0, group)
+
+
+def all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Rows of x to other ranks, ``send[r]`` of them to rank r, and ``receive[r]`` from it, in order; backward sends gradients back."""
+    return _all_to_all(x.contiguous(), list(receive), list(send), group)
+
+
+def local_box(shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and offsets of this rank's part of a DTensor of a whole shape."""
+    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return tuple(sizes), tuple(offsets)
+
+
+def set_memory_budget(share: float) -> None:
+    """The share of activations that compiled code keeps (``activation_memory_budget``)."""
+    import torch._functorch.config as config
+
+    config.activation_memory_budget = share
+
+
+def keep_buffers() -> None:
+    """Compiled code leaves saved activations alone, for a backward pass that is cut in two reads them twice (``donated_buffer``)."""
+    import torch._functorch.config as config
+
+    config.donated_buffer = False
+
+
+def enable_async_tp(group: ProcessGroup) -> None:
+    """Let compiled code run collectives inside the products beside them (``_micro_pipeline_tp``)."""
+    import torch._inductor.config as config
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(group.group_name)
+
+
+def scale_gradients(gradients: list[Tensor], factor: float) -> None:
+    """Multiply all of them in place (``_foreach_mul_``)."""
+    torch._foreach_mul_(gradients, factor)

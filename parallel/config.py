@@ -1,0 +1,136 @@
+"""How a model is laid out over processes: the sizes of the axes, and how each axis works."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from smalt.model import ModelConfig
+
+AXES = ("pp", "dp", "fsdp", "cp", "tp")
+
+
+class ParallelConfig(BaseModel):
+    """The axes, outermost first, and how they work. The product of their sizes is the number of processes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    pp: int = Field(1, ge=1)
+    """Pipeline parallel: groups of decoder blocks, one after the other."""
+    dp: int = Field(1, ge=1)
+    """Replicas of the shards (hybrid sharding): gradients are summed over them."""
+    fsdp: int | None = Field(None, ge=1)
+    """Shards of weights, gradients and optimiser state; as many as processes are left when not given."""
+    cp: int = Field(1, ge=1)
+    """Context parallel: rows of a pack."""
+    tp: int = Field(1, ge=1)
+    """Tensor parallel: heads, hidden units and vocabulary; the rows between blocks are shared out too (sequence parallel)."""
+    context: Literal["gather", "scatter"] = "gather"
+    """cp: "gather" brings keys and values to the rows, chunk by chunk; "scatter" shares out the heads (Ulysses)."""
+    context_chunks: int = Field(4, ge=1)
+    """Chunks of rows that a rank of cp holds, chosen so that the ranks' work is even ("gather")."""
+    tiles: Literal["shared", "replicated"] = "shared"
+    """Whether each tile of a pack goes through the vision tower on one rank of its cp x tp group, or on all (to compare with)."""
+    schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """Order of the microbatches in a pipeline; "zero_bubble" is the interleaved one (Qi et al. 2023, arXiv 2401.10241)."""
+    virtual_stages: int = Field(2, ge=1)
+    """Pipeline stages a rank under "interleaved" and "zero_bubble"."""
+    reshard_after_forward: bool | None = None
+    """Give gathered weights up after the forward pass of a block; when not given, yes, but not in a pipeline."""
+    prefetch: bool = True
+    """Gather the weights of the next block while one computes."""
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    """What backward computes again: nothing, every block, or all of a block but its matrix products and attention."""
+    compile: bool = False
+    """torch.compile of every block."""
+    memory_budget: float | None = Field(None, ge=0, le=1)
+    """With compile: share of a block's activations that is kept, the rest is computed again; torch chooses which."""
+    async_tp: bool = False
+    """With compile, on GPUs whose links allow it: collectives of tp inside the products beside them (symmetric memory)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.memory_budget is not None and not self.compile:
+            raise ValueError("memory_budget needs compile = true")
+        if self.memory_budget is not None and self.checkpointing != "none":
+            raise ValueError(f"memory_budget and checkpointing = {self.checkpointing!r} both choose what is kept; use one")
+        if self.async_tp and not (self.compile and self.tp > 1):
+            raise ValueError("async_tp needs compile = true and tp above 1")
+        if self.schedule == "zero_bubble" and self.pp > 1:
+            if self.reshard_after_forward:
+                raise ValueError(
+                    'schedule "zero_bubble" with reshard_after_forward = true loses gradients: the weights\' half of backward would '
+                    "meet weights that were given up; leave reshard_after_forward out"
+                )
+            if self.checkpointing != "none":
+                raise ValueError(
+                    f'schedule "zero_bubble" with checkpointing = {self.checkpointing!r}: backward comes in halves, and what was '
+                    'computed again for the first is gone in the second; use another schedule, or checkpointing = "none"'
+                )
+        return self
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages over all ranks."""
+        return self.pp * (1 if self.pp == 1 or self.schedule == "1f1b" else self.virtual_stages)
+
+    @property
+    def keeps_gathered(self) -> bool:
+        """Whether gathered weights stay until the backward pass."""
+        return self.pp > 1 if self.reshard_after_forward is None else not self.reshard_after_forward
+
+    def sized(self, num_processes: int) -> ParallelConfig:
+        """The same with fsdp filled in. Raises ValueError when the axes do not multiply to the number of processes."""
+        others = self.pp * self.dp * self.cp * self.tp
+        fsdp = self.fsdp or max(1, num_processes // others)
+        if others * fsdp != num_processes:
+            sizes = " x ".join(f"{axis} {getattr(self, axis)}" for axis in AXES if axis != "fsdp")
+            given = f" x fsdp {self.fsdp}" if self.fsdp else " (times fsdp, which takes what is left)"
+            raise ValueError(f"parallel: {sizes}{given} do not multiply to the {num_processes} processes that run")
+        return self.model_copy(update={"fsdp": fsdp})
+
+    def check_model(self, model: ModelConfig, sequence_length: int) -> None:
+        """Raise ValueError, naming the sizes, where a model or a pack does not divide over the axes."""
+        text, wrong = model.language, []
+        for name, size in (("num_heads", text.num_heads), ("num_kv_heads", text.num_kv_heads), ("ffn", text.ffn)):
+            if size % self.tp:
+                wrong.append(f"model.language.{name} = {size} is not a multiple of tp = {self.tp}")
+        if text.vocabulary % self.tp:
+            rounded = -(-text.vocabulary // self.tp) * self.tp
+            wrong.append(f"model.language.vocabulary = {text.vocabulary} is not a multiple of tp = {self.tp}; {rounded} is")
+        if self.cp > 1 and self.context == "scatter" and not wrong:
+            heads, kv_heads = text.num_heads // self.tp, text.num_kv_heads // self.tp
+            if heads % self.cp:
+                wrong.append(f'context = "scatter": {heads} heads a rank of tp do not divide over cp = {self.cp}; use "gather"')
+            elif kv_heads % self.cp and self.cp % kv_heads:
+                wrong.append(
+                    f'context = "scatter": {kv_heads} key and value heads a rank of tp neither divide over cp = {self.cp} nor can be '
+                    'repeated to it; use "gather"'
+                )
+        chunks = self.context_chunks if self.cp > 1 and self.context == "gather" else 1
+        if sequence_length % math.lcm(self.cp * chunks, self.cp * self.tp):
+            wrong.append(
+                f"sequence_length = {sequence_length} is not a multiple of cp {self.cp} x context_chunks {chunks} and of cp {self.cp} "
+                f"x tp {self.tp}"
+            )
+        if self.num_stages > text.num_layers:
+            wrong.append(f"{self.num_stages} pipeline stages for model.language.num_layers = {text.num_layers}")
+        if wrong:
+            raise ValueError("\n".join(["parallel:", *(f"  {line}" for line in wrong)]))
+
+    def check_microbatches(self, packs_per_step: int) -> int:
+        """Packs of a step on each data rank. Raises ValueError where they do not divide, or are too few for the pipeline."""
+        replicas = self.dp * (self.fsdp or 1)
+        if packs_per_step % replicas:
+            raise ValueError(
+                f"data.packs_per_step = {packs_per_step} is not a multiple of dp {self.dp} x fsdp {self.fsdp} = {replicas}"
+            )
+        count = packs_per_step // replicas
+        if self.pp > 1 and (count < self.pp or count % self.pp):
+            raise ValueError(
+                f"a pipeline of {self.pp} ranks needs a multiple of {self.pp} packs a step on each data rank, and has {count}: "
+                f"data.packs_per_step = {packs_per_step} over dp {self.dp} x fsdp {self.fsdp}"
+            )
+        return count

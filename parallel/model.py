@@ -1,0 +1,216 @@
+"""A model on a mesh: cut into pipeline stages, then, on each part, tp, cp, activation checkpointing, compile, fsdp; and its step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from smalt.model import ModelConfig, MultimodalModel, PackedBatch, pack
+from smalt.model.cost import Workload, model_cost, split_blocks
+from smalt.model.init import initial_rows
+
+from . import gradients
+from .batch import PackShard, shard_pack
+from .compat import local_box
+from .mesh import World
+from .part import ModelPart
+from .pipeline import Pipeline
+from .recompute import compile_blocks, recompute_blocks
+from .sharding import shard_part
+from .tensor import tensor_parallel
+
+TIED = "language.embedding.weight"
+
+
+class ParallelModel:
+    """The parts of a model that this rank holds, with initial weights that are the same on every layout.
+
+    trainable: the names of the parts (vision, projector, language) that learn; sequence_length: T of every pack; work: of a typical
+    pack, by which the pipeline is cut; autocast: products in bfloat16. Raises ValueError where the model does not fit the layout.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        world: World,
+        seed: int,
+        dtype: torch.dtype,
+        trainable: Collection[str],
+        sequence_length: int,
+        work: Workload | None = None,
+        autocast: bool = False,
+    ):
+        parallel = world.parallel
+        parallel.check_model(config, sequence_length)
+        self.config, self.world, self.dtype, self.sequence_length = config, world, dtype, sequence_length
+        self.autocast = autocast
+        work = work or Workload(sequence_length, sequence_length * sequence_length / 2, 0)
+        self.blocks = split_blocks(model_cost(config), work, parallel.num_stages)
+        mine = self.blocks[world.coordinates["pp"] :: parallel.pp]
+        self.parts = [self._build(blocks, trainable, seed) for blocks in mine]
+        self.pipeline: Pipeline | None = None
+        self.tied_group = self._group_of_tied()
+        self.checked = False
+
+    def _build(self, blocks: range, trainable: Collection[str], seed: int) -> ModelPart:
+        world = self.world
+        with torch.device("meta"):
+            part = ModelPart(self.config, blocks, world, self.autocast)
+        part.to(self.dtype)
+        for name, child in part.named_children():
+            child.requires_grad_(name in trainable)
+        if world.meshes is not None and world.parallel.tp > 1:
+            tensor_parallel(part.language, world.meshes.tp)
+        recompute_blocks(part, world.parallel)
+        compile_blocks(part, world)
+        if world.meshes is not None:
+            shard_part(part, world)
+        part.to_empty(device=world.device)
+        initialize_part(part, seed)
+        return part
+
+    def _group_of_tied(self) -> dist.ProcessGroup | None:
+        """The two ranks that hold copies of a tied embedding, one group for each place on the other axes."""
+        world, pp = self.world, self.world.parallel.pp
+        if pp == 1 or not self.config.language.tie_embeddings:
+            return None
+        per_stage = world.size // pp
+        pairs = [[rank, world.size - per_stage + rank] for rank in range(per_stage)]
+        return dist.new_subgroups_by_enumeration(pairs)[0]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of this rank's parts by their names in the whole model."""
+        for part in self.parts:
+            yield from part.named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of this rank's parts."""
+        return (p for _, p in self.named_parameters())
+
+    def counted_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of which this pipeline stage is the first to hold a copy: sums over all ranks meet each element once."""
+        copied = self.world.parallel.pp > 1 and not self.parts[0].is_first
+        return {name: p for name, p in self.named_parameters() if not (copied and name == TIED)}
+
+    def accumulate(self, packs: list[PackedBatch], loss: Callable[[Tensor, PackShard], Tensor]) -> Tensor:
+        """Add the gradients of all packs of this replica, reduced over ranks once, at the last.
+
+        loss(nll, shard) is a sum over rows, divided by what all ranks know. Returns this rank's share of the loss, whose sum over the
+        world is the whole, float64 without dims.
+        """
+        self._begin(packs)
+        if self.world.parallel.pp > 1:
+            total = self._pipelined(len(packs), loss, backward=True)
+        else:
+            (part,), total = self.parts, self._zero()
+            for i, shard in enumerate(part.shards):
+                if isinstance(part, FSDPModule):
+                    part.set_requires_gradient_sync(i == len(packs) - 1)
+                value = loss(part(microbatch=torch.tensor([i])), shard)
+                value.backward()
+                total += value.detach()
+        if not self.checked:
+            gradients.check_gradients(dict(self.named_parameters()))
+            self.checked = True
+        tied = dict(self.named_parameters()).get(TIED)
+        if self.tied_group is not None and tied is not None and tied.grad is not None:
+            gradients.sum_tied(tied.grad, self.tied_group)
+        return total / self.world.parallel.tp
+
+    @torch.no_grad()
+    def evaluate(self, packs: list[PackedBatch], loss: Callable[[Tensor, PackShard], Tensor], num_microbatches: int) -> Tensor:
+        """This rank's share of the loss of packs, as in :meth:`accumulate`. Every rank of the world passes as many packs.
+
+        num_microbatches: of a training step, for a pipeline always runs as many; what is missing is empty.
+        """
+        total = self._zero()
+        if self.world.parallel.pp > 1:
+            side, attention = self.config.vision.tile, self.config.image_attention
+            packs = packs + [pack([], self.sequence_length, attention, side)] * (-len(packs) % num_microbatches)
+            for low in range(0, len(packs), num_microbatches):
+                self._begin(packs[low : low + num_microbatches])
+                total += self._pipelined(num_microbatches, loss, backward=False)
+        else:
+            self._begin(packs)
+            (part,) = self.parts
+            for i, shard in enumerate(part.shards):
+                total += loss(part(microbatch=torch.tensor([i])), shard)
+        for part in self.parts:
+            if isinstance(part, FSDPModule):
+                part.reshard()  # FSDP keeps the weights of the root for a backward pass
+        return total / self.world.parallel.tp
+
+    def gradient_norm(self) -> float:
+        """L2 norm of the whole gradient, the same on every rank."""
+        return gradients.global_norm((p.grad for p in self.counted_parameters().values() if p.grad is not None), self.world)
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """Scale the gradients so that their norm is at most ``max_norm``; returns the norm before."""
+        norm = self.gradient_norm()
+        gradients.clip([p.grad for _, p in self.named_parameters() if p.grad is not None], norm, max_norm)
+        return norm
+
+    def copy_weights(self, other: Mapping[str, Tensor]) -> None:
+        """Take the weights of a model on the same layout."""
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                gradients.local(p).copy_(gradients.local(other[name]))
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Every parameter of the model, whole, on each rank. Every rank of the world calls it."""
+        mine = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in self.named_parameters()}
+        if self.world.parallel.pp == 1:
+            return mine
+        assert self.world.meshes is not None
+        group, state = self.world.meshes.pp.get_group(), {}
+        with torch.device("meta"):
+            whole = MultimodalModel(self.config)
+        for name, p in whole.named_parameters():
+            tensor = mine[name].contiguous() if name in mine else torch.empty(p.shape, dtype=self.dtype, device=self.world.device)
+            dist.broadcast(tensor, group=group, group_src=self._holder(name))
+            state[name] = tensor
+        return state
+
+    def _holder(self, name: str) -> int:
+        """The first rank on the pipeline axis that holds a parameter."""
+        words = name.split(".")
+        stage = 0
+        if words[:2] == ["language", "blocks"]:
+            stage = next(i for i, blocks in enumerate(self.blocks) if int(words[2]) in blocks)
+        elif words[:2] in (["language", "norm"], ["language", "head"]):
+            stage = len(self.blocks) - 1
+        return stage % self.world.parallel.pp
+
+    def _begin(self, packs: list[PackedBatch]) -> None:
+        shards = [shard_pack(one, self.config.vision.tokens_per_tile, self.world) for one in packs]
+        for part in self.parts:
+            part.shards, part.turn = shards, 0
+
+    def _pipelined(self, count: int, loss: Callable[[Tensor, PackShard], Tensor], backward: bool) -> Tensor:
+        if self.pipeline is None:
+            rows = self.sequence_length // (self.world.parallel.cp * self.world.parallel.tp)
+            self.pipeline = Pipeline(self.parts, self.world, rows, count, self.dtype)
+        shards = self.parts[0].shards
+        found = self.pipeline.run(lambda output, number: loss(output, shards[number]), backward)
+        return sum((value.double() for value in found), start=self._zero())
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.world.device)
+
+
+def initialize_part(part: ModelPart, seed: int) -> None:
+    """Fill this rank's share of every parameter with its initial numbers, and make no others."""
+    with torch.no_grad():
+        for name, p in part.named_parameters():
+            sizes, offsets = tuple(p.shape), (0,) * p.ndim
+            if isinstance(p, DTensor):
+                sizes, offsets = local_box(p.shape, p.device_mesh, p.placements)
+            values = initial_rows(part.config, name, p.shape, seed, offsets[0], offsets[0] + sizes[0])
+            for dim in range(1, p.ndim):
+                values = values.narrow(dim, offsets[dim], sizes[dim])
+            gradients.local(p).copy_(values)

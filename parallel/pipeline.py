@@ -1,0 +1,66 @@
+"""Pipeline parallel: torch's schedules over the parts of the model, every pipeline stage looking up its own share of each pack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
+
+from .mesh import World
+from .part import ModelPart
+
+SCHEDULES: dict[str, Any] = {
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
+}
+
+
+class Pipeline:
+    """Runs microbatches through the parts of this rank and its neighbours.
+
+    Packs differ in tiles, and torch cannot cut them into microbatches: it is given their numbers, and each part looks its share up.
+    """
+
+    def __init__(self, parts: list[ModelPart], world: World, rows: int, num_microbatches: int, dtype: torch.dtype):
+        """rows: of the hidden states between parts, T / (cp tp); dtype: of these states."""
+        assert world.meshes is not None
+        parallel, group = world.parallel, world.meshes.pp.get_group()
+        self.num_microbatches = num_microbatches
+        self.losses: Callable[[Tensor, int], Tensor] | None = None
+        width = parts[0].config.language.width
+        hidden = torch.empty(rows, width, dtype=dtype, device="meta", requires_grad=True)
+        wide = torch.promote_types(dtype, torch.float32)
+        nll = torch.empty(rows * parallel.tp, dtype=wide, device="meta", requires_grad=True)
+        stages = []
+        for number, part in enumerate(parts):
+            index = number * parallel.pp + world.coordinates["pp"]
+            inputs = torch.empty(1, dtype=torch.int64, device="meta") if part.is_first else hidden
+            outputs = nll if part.is_last else hidden
+            stages.append(
+                PipelineStage(part, index, parallel.num_stages, world.device, input_args=inputs, output_args=outputs, group=group)
+            )
+        schedule = SCHEDULES[parallel.schedule]
+        # The loss is divided by its denominator already; torch would divide the gradients by the number of microbatches too.
+        self.schedule = schedule(
+            stages[0] if parallel.schedule == "1f1b" else stages, num_microbatches, loss_fn=self._loss, scale_grads=False
+        )
+
+    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
+        assert self.losses is not None
+        return self.losses(output, int(target))
+
+    def run(self, losses: Callable[[Tensor, int], Tensor], backward: bool) -> list[Tensor]:
+        """Forward, and backward where asked, of every microbatch. losses(output of the last part, number) gives a microbatch's loss.
+
+        Returns these on the rank that has the last part, nothing elsewhere.
+        """
+        self.losses = losses
+        numbers = torch.arange(self.num_microbatches)
+        found: list[Tensor] = []
+        run = self.schedule.step if backward else self.schedule.eval
+        run(microbatch=numbers, target=numbers, losses=found)
+        return [loss.detach() for loss in found]

@@ -1,0 +1,60 @@
+"""Activation checkpointing and compilation, block by block."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from . import compat
+from .config import ParallelConfig
+from .mesh import World
+from .part import ModelPart
+
+
+def recompute_blocks(part: ModelPart, parallel: ParallelConfig) -> None:
+    """Make the blocks of a part keep less for the backward pass, as ``parallel.checkpointing`` says."""
+    if parallel.checkpointing == "none":
+        return
+    context: dict[str, Any] = {}
+    if parallel.checkpointing == "selective":
+        context["context_fn"] = partial(create_selective_checkpoint_contexts, _keeps)
+    for block in _blocks(part):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **context)
+
+
+def compile_blocks(part: ModelPart, world: World) -> None:
+    """Compile the blocks of a part, where ``parallel.compile`` is on."""
+    parallel = world.parallel
+    if not parallel.compile:
+        return
+    if parallel.memory_budget is not None:
+        compat.set_memory_budget(parallel.memory_budget)
+    if parallel.schedule == "zero_bubble" and parallel.pp > 1:
+        compat.keep_buffers()
+    if parallel.async_tp:
+        assert world.meshes is not None
+        compat.enable_async_tp(world.meshes.tp.get_group())
+    for block in _blocks(part):
+        block.compile()
+
+
+def _blocks(part: ModelPart) -> list[nn.Module]:
+    return [*(part.vision.blocks if part.is_first else []), *part.language.blocks.values()]
+
+
+def _keeps(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    """Keep what is dear to make and small: matrix products, attention, and what came from other ranks."""
+    return CheckpointPolicy.MUST_SAVE if operator in _DEAR else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_aten = torch.ops.aten
+_DEAR = {
+    _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default, _aten._scaled_dot_product_flash_attention.default,
+    torch.ops.smalt.attention.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default, torch.ops._c10d_functional.all_to_all_single.default,
+}  # fmt: skip

@@ -1,0 +1,47 @@
+"""The private names of torch that Smalt uses are those of the installed torch, and stand in one file."""
+
+import ast
+import re
+from pathlib import Path
+
+import torch
+
+from smalt.parallel import compat
+
+ROOT = Path(__file__).resolve().parents[2]
+# Names that torch documents, underscore or not, and modules that it documents under such a name.
+ALLOWED = {"torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor"}
+
+
+def test_names_exist():
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    assert isinstance(functorch.activation_memory_budget, float)
+    assert isinstance(functorch.donated_buffer, bool)
+    assert isinstance(inductor._micro_pipeline_tp, bool)
+    assert callable(symmetric_memory.enable_symm_mem_for_group)
+    assert all(map(callable, (compat._all_gather, compat._reduce_scatter, compat._all_to_all)))
+
+
+def test_scale_gradients():
+    x = [torch.ones(2), torch.full((3,), 2.0)]
+    compat.scale_gradients(x, 0.5)
+    assert [t[0].item() for t in x] == [0.5, 1.0]
+
+
+def private_imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else names
+        for name in names:
+            if name and re.match(r"torch\..*\b_", name) and name not in ALLOWED:
+                yield path.relative_to(ROOT).as_posix(), name
+
+
+def test_private_modules_are_imported_in_one_file():
+    sources = [p for room in ("kernels", "model", "parallel", "profiling", "engine") for p in (ROOT / room).rglob("*.py")]
+    found = {entry for path in sources for entry in private_imports(path)}
+    assert any(path == "parallel/compat.py" for path, _ in found), "the search finds nothing"
+    assert not [entry for entry in found if entry[0] != "parallel/compat.py"]

@@ -1,0 +1,63 @@
+"""Faults that engines have had, planted one at a time, to see that the matrix finds each."""
+
+from contextlib import contextmanager
+from unittest.mock import patch
+
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+
+from smalt.kernels import rms_norm
+from smalt.model.language import RMSNorm
+from smalt.parallel import batch, gradients, pipeline, tensor
+from smalt.parallel.part import ModelPart
+
+
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def _scale_gradients(schedule):
+    return lambda *args, scale_grads, **kwargs: schedule(*args, scale_grads=True, **kwargs)
+
+
+def _count_twice(of_pack):
+    def sharded(pack, tokens_per_tile, world):
+        shard = of_pack(pack, tokens_per_tile, world)
+        if world.coordinates["cp"] == 1:
+            first = (shard.labels >= 0).nonzero()[:1, 0]
+            shard.loss_weight[first] *= 2
+        return shard
+
+    return sharded
+
+
+def _norm_without_gradient(self, x, residual=None):
+    weight = self.weight.detach() if self.weight.shape[0] == 16 else self.weight
+    return rms_norm(x, weight, self.eps, residual)
+
+
+def _blank_tile_apart(see_nothing):
+    return lambda self, like: see_nothing(self, like).detach()
+
+
+@contextmanager
+def planted(name):
+    """name: one of FAULTS, or None."""
+    if name is None:
+        yield
+        return
+    with FAULTS[name]():
+        yield
+
+
+FAULTS = {
+    "gradients divided by the number of microbatches": lambda: patch.dict(
+        pipeline.SCHEDULES, {k: _scale_gradients(s) for k, s in pipeline.SCHEDULES.items()}
+    ),
+    "gradients averaged over shards": lambda: patch.object(FSDPModule, "set_gradient_divide_factor", lambda self, factor: None),
+    "a token counted twice at a shard border": lambda: patch("smalt.parallel.model.shard_pack", _count_twice(batch.shard_pack)),
+    "a replicated parameter not reduced": lambda: patch.object(tensor, "Partial", Replicate),
+    "a tied gradient not summed": lambda: patch.object(gradients, "sum_tied", lambda gradient, group: None),
+    "a blank tile not connected to the loss": lambda: patch.object(ModelPart, "see_nothing", _blank_tile_apart(ModelPart.see_nothing)),
+    "a parameter without a gradient": lambda: patch.object(RMSNorm, "forward", _norm_without_gradient),
+}

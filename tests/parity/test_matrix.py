@@ -1,0 +1,120 @@
+"""The parity matrix: every layout gives the numbers of one process.
+
+A row: processes, axes, and what else is special. Errors of tensors are max|a - b| / max(max|b|, s) with s 1e-3 times the RMS of all
+of their kind, for some true gradients are zero.
+"""
+
+import math
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+EXACT = 1e-10
+ROWS = [
+    # Every axis alone.
+    (1, {}, {}),
+    (8, {"fsdp": 8}, {}),
+    (2, {"dp": 2}, {}),
+    (2, {"tp": 2}, {}),
+    (2, {"cp": 2}, {}),
+    (2, {"cp": 2, "context": "scatter"}, {}),
+    (2, {"pp": 2}, {}),
+    (2, {"pp": 2, "schedule": "interleaved"}, {}),
+    (2, {"pp": 2, "schedule": "zero_bubble"}, {}),
+    # Products.
+    (4, {"dp": 2, "fsdp": 2}, {}),
+    (4, {"fsdp": 2, "tp": 2}, {}),
+    (4, {"fsdp": 2, "cp": 2}, {}),
+    (4, {"cp": 2, "tp": 2}, {}),
+    (4, {"cp": 2, "tp": 2, "context": "scatter"}, {}),  # one key and value head for two ranks
+    (4, {"cp": 4, "context_chunks": 2}, {}),
+    (4, {"pp": 2, "fsdp": 2}, {}),
+    (4, {"pp": 2, "fsdp": 2, "schedule": "interleaved"}, {}),
+    (4, {"pp": 2, "fsdp": 2, "schedule": "zero_bubble"}, {}),
+    (4, {"pp": 2, "tp": 2}, {}),
+    (8, {"fsdp": 2, "tp": 2, "cp": 2}, {}),
+    (8, {"pp": 2, "tp": 2, "fsdp": 2}, {}),
+    (8, {"pp": 2, "cp": 2, "fsdp": 2}, {}),
+    (8, {"pp": 2, "cp": 2, "fsdp": 2, "schedule": "zero_bubble", "context": "scatter"}, {}),
+    # What is computed again, and compiled.
+    (2, {"fsdp": 2, "checkpointing": "full"}, {}),
+    (4, {"fsdp": 2, "tp": 2, "checkpointing": "selective"}, {}),
+    (4, {"pp": 2, "cp": 2, "schedule": "interleaved", "checkpointing": "full"}, {}),
+    (2, {"fsdp": 2, "reshard_after_forward": False, "prefetch": False}, {}),
+    (2, {"fsdp": 2, "compile": True}, {}),
+    (4, {"pp": 2, "fsdp": 2, "schedule": "zero_bubble", "compile": True}, {}),
+    # Other models, other data, frozen parts.
+    (4, {"pp": 2, "tp": 2}, {"variant": "untied"}),
+    (4, {"cp": 2, "tp": 2}, {"variant": "untied text"}),
+    (4, {"cp": 2, "tp": 2, "tiles": "replicated"}, {}),
+    (4, {"fsdp": 2, "cp": 2}, {"trainable": "frozen tower"}),
+    (4, {"pp": 2, "fsdp": 2, "schedule": "zero_bubble"}, {"trainable": "projector only"}),
+    # In fp32, whose sums differ by their order.
+    (4, {"fsdp": 2, "tp": 2}, {"dtype": "float32"}),
+    (4, {"pp": 2, "cp": 2}, {"dtype": "float32"}),
+]
+# Of fp32: a few hundred roundings of 2^-24 in a chain of products and sums; Adam's step adds its own.
+LIMITS = {"float64": {}, "float32": {"loss": 1e-5, "norm": 1e-4, "clipped": 1e-5, "gradients": 1e-3, "parameters": 1e-3}}
+
+
+def name_of(row):
+    size, parallel, special = row
+    axes = "x".join(f"{k}{v}" for k, v in parallel.items() if isinstance(v, int) and not isinstance(v, bool))
+    rest = [str(k if v is True else v) for k, v in parallel.items() if isinstance(v, str) or v is True]
+    return "-".join([axes or f"{size}-process", *rest, *special.values()]).replace(" ", "_")
+
+
+def relative(got, want):
+    return max(abs(g - w) / abs(w) for g, w in zip(got, want, strict=True))
+
+
+def largest_error(got, want, error):
+    """Over tensors by name; infinite where one side has none."""
+    assert got.keys() == want.keys()
+    present = [w.double() for w in want.values() if w is not None]
+    floor = 1e-3 * math.sqrt(sum(w.square().sum().item() for w in present) / sum(w.numel() for w in present))
+    errors = {}
+    for name, tensor in want.items():
+        one_sided = (tensor is None) != (got[name] is None)
+        errors[name] = math.inf if one_sided else 0.0 if tensor is None else error(got[name], tensor, floor)
+    return max(errors.items(), key=lambda item: (math.isnan(item[1]), item[1]))
+
+
+def differences(got, want, error):
+    figures = {key: relative(got[key], want[key]) for key in ("loss", "norm", "clipped")}
+    return figures | {key: largest_error(got[key], want[key], error)[1] for key in ("initial", "gradients", "parameters")}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name_of)
+def test_layout(row, workers, reference, error):
+    size, parallel, special = row
+    got, want = workers.run(size, parallel, **special), reference(**special)
+    assert min(want["norm"]) > 0.5, "nothing would be clipped"
+    found, limits = differences(got, want, error), LIMITS[special.get("dtype", "float64")]
+    assert found["initial"] == 0
+    beyond = {key: value for key, value in found.items() if not value <= limits.get(key, EXACT)}
+    assert not beyond, f"{beyond}; of gradients: {largest_error(got['gradients'], want['gradients'], error)}"
+
+
+# Each with a layout that would show it, and what is seen: a message, or numbers that differ.
+PLANTED = [
+    ("gradients divided by the number of microbatches", 2, {"pp": 2}, "", "numbers"),
+    ("gradients averaged over shards", 2, {"fsdp": 2}, "", "numbers"),
+    ("a token counted twice at a shard border", 2, {"cp": 2}, "", "numbers"),
+    ("a replicated parameter not reduced", 2, {"tp": 2}, "", "numbers"),
+    ("a tied gradient not summed", 2, {"pp": 2}, "", "copies of language.embedding.weight differ"),
+    ("a blank tile not connected to the loss", 2, {"fsdp": 2}, "text", "no gradient reached vision."),
+    ("a parameter without a gradient", 2, {"fsdp": 2}, "", "no gradient reached language.blocks.0.norm1.weight"),
+]
+
+
+@pytest.mark.parametrize(("fault", "size", "parallel", "variant", "seen"), PLANTED, ids=lambda v: v if isinstance(v, str) else None)
+def test_planted_fault_is_found(fault, size, parallel, variant, seen, workers, reference, error, row_failed):
+    if seen != "numbers":
+        with pytest.raises(row_failed, match=seen):
+            workers.run(size, parallel, variant, fault=fault)
+        return
+    got = workers.run(size, parallel, variant, fault=fault)
+    found = differences(got, reference(variant), error)
+    assert max(found["gradients"], found["loss"]) > 1e-4, found

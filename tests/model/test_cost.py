@@ -58,9 +58,9 @@ def test_the_dearest_pipeline_stage_is_as_cheap_as_can_be(blocks, parts, tile, h
 
 def test_a_dear_tower_leaves_its_stage_few_blocks():
     cost = Cost(token=1.0, pair=0.0, head=0.0, tile=6.0, num_blocks=12)
-    assert [len(r) for r in split_blocks(cost, Workload(1, 0, 1), 3)] == [1, 6, 5] or [
-        len(r) for r in split_blocks(cost, Workload(1, 0, 1), 3)
-    ] == [1, 5, 6]
+    first, *rest = [len(r) for r in split_blocks(cost, Workload(1, 0, 1), 3)]
+    assert first == 1
+    assert sorted(rest) == [5, 6]
     assert [len(r) for r in split_blocks(cost, Workload(1, 0, 0), 3)] == [4, 4, 4]
 
 

@@ -1,4 +1,4 @@
-"""One process of the matrix: takes rows from its standard input, a line of JSON each, and answers each with a line.
+"""One rank of the matrix: takes rows from its standard input, a line of JSON each, and answers each with a line.
 
 python worker.py RANK PORT
 """
@@ -83,21 +83,32 @@ def run_case(case, rank, store):
         dist.destroy_process_group()
 
 
+def answer(case, rank, port):
+    """Take one row, and say so on the standard output."""
+    reply = {"id": case["id"]}
+    try:
+        store = dist.TCPStore("127.0.0.1", port, None, is_master=False, timeout=timedelta(seconds=300))
+        result = run_case(case, rank, store)
+        if result is not None and rank == 0:
+            torch.save(result, case["out"])
+    except Exception:
+        reply["error"] = traceback.format_exc()
+    print("answer " + json.dumps(reply), flush=True)
+
+
 def main():
     rank, port = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, None, is_master=False, timeout=timedelta(seconds=300))
     for line in sys.stdin:
         case = json.loads(line)
-        answer = {"id": case["id"]}
-        try:
-            result = run_case(case, rank, store)
-            if result is not None and rank == 0:
-                torch.save(result, case["out"])
-        except Exception:
-            answer["error"] = traceback.format_exc()
-        print("answer " + json.dumps(answer), flush=True)
-    os._exit(0)  # a process group that was left in the middle of a collective waits in its destructor
+        # A child for each row: torch keeps what it found out about a mesh, groups included, for the next one that looks alike.
+        child = os.fork()
+        if child == 0:
+            answer(case, rank, port)
+            os._exit(0)  # a process group that was left in the middle of a collective would wait in its destructor
+        _, status = os.waitpid(child, 0)
+        if status:
+            print("answer " + json.dumps({"id": case["id"], "error": f"the process ended with status {status}"}), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     reduce each    prefetch; gradients are reduced in the backward pass of every microbatch
     reduce last    prefetch; they are reduced in that of the last one only (set_requires_gradient_sync)
 
-All contestants live in the same two processes and take turns, in an order that rotates from round to round. A turn is a step to warm up
-and some steps that are recorded. Counts say what overlaps; they are a matter of order. Times are of this machine, where the transfers
-take turns with the arithmetic on the same cores, so that what is covered is not simply won.
+All contestants live in the same two processes and take turns, in an order that rotates from round to round. A turn is a step to warm
+up and some steps that are recorded. Counts say what overlaps; they are a matter of order. Times are of this machine, where transfers
+and arithmetic share the cores, so that what is covered is not simply won. FSDP2 waits for every reduce-scatter on a CPU.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def sharded_model(mesh: DeviceMesh, prefetch: bool, blocks: int = BLOCKS, width:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     if prefetch:
-        for block, following in zip(parts, parts[1:], strict=False):
+        for block, following in pairwise(parts):
             block.set_modules_to_forward_prefetch([following])
         set_unshard_async(model, True)
     return model
@@ -102,9 +103,9 @@ def bench_overlap(rounds: int, steps: int, folder: Path | None = None) -> dict[s
     """Run the contest; returns a dict that JSON can hold, ready for :func:`print_report`.
 
     rounds: turns of every contestant; steps: recorded in each; folder: where the traces stay, ``round-0/at-once/rank-00000.json.gz``
-    and so on; a temporary one when None. Of every contestant: milliseconds a step (step, compute, communication, exposed), each with the
-    quartiles over rounds of the mean over ranks; and by kind, counts of a rank and step, and how many of them were in flight during
-    compute. Raises RuntimeError with what the processes said where they fail.
+    and so on; a temporary one when None. Of every contestant: milliseconds a step (step, compute, communication, exposed), each as
+    quartiles over rounds of the mean over ranks; and of each collective its count in a step of a rank, and how many of those were in
+    flight during compute. Raises RuntimeError with what the processes said where they fail.
     """
     if rounds < 1 or steps < 1:
         raise ValueError(f"rounds = {rounds} and steps = {steps}: both must be at least 1")
@@ -147,25 +148,22 @@ def _summary(name: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 def print_report(result: dict[str, Any]) -> None:
     """The tables of :func:`bench_overlap`'s result, for people."""
-    console, setting = Console(), result["setting"]
+    console, setting, contestants = Console(), result["setting"], result["contestants"]
     console.print(
-        f"torch {result['torch']}, {setting['processes']} gloo processes of {setting['threads']} thread, {setting['blocks']} blocks of width "
-        f"{setting['width']}, {setting['rows']} rows, {setting['rounds']} rounds of {setting['steps']} recorded steps; "
+        f"torch {result['torch']}, {setting['processes']} gloo processes of {setting['threads']} thread, {setting['blocks']} blocks of "
+        f"width {setting['width']}, {setting['rows']} rows, {setting['rounds']} rounds of {setting['steps']} recorded steps; "
         f"reduce each and reduce last: {setting['microbatches']} microbatches"
     )
     keys = ("step_ms", "compute_ms", "communication_ms", "exposed_ms")
-    times = Table(
-        "", *(Column(k.removesuffix("_ms"), justify="right") for k in keys), title="ms a step: median (quartiles over rounds)"
-    )
-    for c in result["contestants"]:
-        times.add_row(c["name"], *(f"{c[k][1]:.1f} ({c[k][0]:.1f} to {c[k][2]:.1f})" for k in keys))
+    title = "milliseconds a step: median (quartiles over rounds)"
+    times = Table("", *(Column(k.removesuffix("_ms"), justify="right") for k in keys), title=title)
+    for c in contestants:
+        times.add_row(c["name"], *(f"{c[k][1]:.0f} ({c[k][0]:.0f}-{c[k][2]:.0f})" for k in keys))
     console.print(times)
-    names = list(dict.fromkeys(name for c in result["contestants"] for name in c["collectives"]))
-    counts = Table(
-        "", *(Column(c["name"], justify="right") for c in result["contestants"]), title="in flight during compute, of all, a step"
-    )
-    for name in names:
-        found = [c["collectives"].get(name) for c in result["contestants"]]
+    title = "collectives in flight during compute, of all of a step"
+    counts = Table("", *(Column(c["name"], justify="right", no_wrap=True) for c in contestants), title=title)
+    for name in dict.fromkeys(name for c in contestants for name in c["collectives"]):
+        found = [c["collectives"].get(name) for c in contestants]
         counts.add_row(name, *(f"{f['overlapped']:.3g} of {f['count']:.3g}" if f else "" for f in found))
     console.print(counts)
 

@@ -150,8 +150,8 @@ def print_report(result: dict[str, Any]) -> None:
     """The tables of :func:`bench_overlap`'s result, for people."""
     console, setting, contestants = Console(), result["setting"], result["contestants"]
     console.print(
-        f"torch {result['torch']}, {setting['processes']} gloo processes of {setting['threads']} thread, {setting['blocks']} blocks of "
-        f"width {setting['width']}, {setting['rows']} rows, {setting['rounds']} rounds of {setting['steps']} recorded steps; "
+        f"torch {result['torch']}, {setting['processes']} gloo processes of {setting['threads']} thread, {setting['blocks']} blocks "
+        f"of width {setting['width']}, {setting['rows']} rows, {setting['rounds']} rounds of {setting['steps']} recorded steps; "
         f"reduce each and reduce last: {setting['microbatches']} microbatches"
     )
     keys = ("step_ms", "compute_ms", "communication_ms", "exposed_ms")

@@ -6,14 +6,14 @@ What a trace says, and what it does not:
   "Collective name", "In msg nelems", "dtype", "Process Group Name" and "Process Group Description" where torch could tie them to a
   call; a batch of sends and receives is one kernel (``send_recv``) and may carry none. Compute is every kernel that is not NCCL's;
   copies of memory are neither. (Field names: kineto, libkineto/src/output_json.cpp.)
-- CPU (gloo). A collective is in flight from its call (the ``c10d::`` op) to the end of its ``gloo:`` event on a worker thread: queueing
-  and waiting for other ranks included. Both are in the trace. Which call a worker's event belongs to is not: it follows from gloo's
+- CPU (gloo). A collective is in flight from its call (the ``c10d::`` op) to the end of its ``gloo:`` event on a worker thread:
+  queueing and waiting for other ranks included. Both are in the trace. Which call a worker's event belongs to is not: it follows from gloo's
   flight recorder (what was launched when, in which group), the threads, each of which serves one group, and the order, for a group's
   works start in the order of their launch. Estimates, and counted as such: a send or receive ends when it was waited for, which may be
   after it was done, and is of axis pp where the mesh has one, for no record says its group; an end that the trace lacks is that of the
   call; without the flight recorder the order alone decides. When a thread begins to wait is not in the trace.
-  Compute is what operators do (``aten::``, custom ones), outside of calls of collectives; an operator that calls a collective counts by
-  its parts. Python between operators is not compute, so on a CPU idle and exposed time hold the work of the interpreter; nor are the
+  Compute is what operators do (``aten::``, custom ones), outside of calls of collectives; an operator that calls a collective counts
+  by its parts. Python between operators is not compute, so on a CPU idle and exposed time hold the work of the interpreter; nor are the
   kernels inside a compiled graph, which the trace does not show one by one.
 """
 
@@ -147,7 +147,9 @@ def read_trace(path: Path) -> RankTrace:
         raise TraceError(f"trace {path} is no JSON, or cut off: {error}") from error
     try:
         return parse_trace(document, path)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except TraceError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise TraceError(f"trace {path} is not of torch.profiler: {type(error).__name__} {error}") from error
 
 

@@ -7,14 +7,15 @@ What a trace says, and what it does not:
   call; a batch of sends and receives is one kernel (``send_recv``) and may carry none. Compute is every kernel that is not NCCL's;
   copies of memory are neither. (Field names: kineto, libkineto/src/output_json.cpp.)
 - CPU (gloo). A collective is in flight from its call (the ``c10d::`` op) to the end of its ``gloo:`` event on a worker thread:
-  queueing and waiting for other ranks included. Both are in the trace. Which call a worker's event belongs to is not: it follows from gloo's
-  flight recorder (what was launched when, in which group), the threads, each of which serves one group, and the order, for a group's
-  works start in the order of their launch. Estimates, and counted as such: a send or receive ends when it was waited for, which may be
-  after it was done, and is of axis pp where the mesh has one, for no record says its group; an end that the trace lacks is that of the
-  call; without the flight recorder the order alone decides. When a thread begins to wait is not in the trace.
-  Compute is what operators do (``aten::``, custom ones), outside of calls of collectives; an operator that calls a collective counts
-  by its parts. Python between operators is not compute, so on a CPU idle and exposed time hold the work of the interpreter; nor are the
-  kernels inside a compiled graph, which the trace does not show one by one.
+  queueing and waiting for other ranks included. Both are in the trace. Which call a worker's event belongs to is not: it follows
+  from gloo's flight recorder (what was launched when, in which group), the threads, each of which serves one group, and the order,
+  for a group's works start in the order of their launch. When a thread begins to wait is not in the trace either.
+  Estimates, and counted as such: a send or receive ends when it was waited for, which may be after it was done, and is of axis pp
+  where the mesh has one, for no record says its group; an end that the trace lacks is that of the call; without the flight
+  recorder the order alone decides.
+  Compute is what operators do (``aten::``, custom ones), outside of calls of collectives; an operator that calls a collective
+  counts by its parts. Python between operators is not compute, so on a CPU idle and exposed time hold the work of the interpreter;
+  nor are the kernels inside a compiled graph, which the trace does not show one by one.
 """
 
 from __future__ import annotations

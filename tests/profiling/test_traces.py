@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -50,7 +51,7 @@ def test_intervals_against_a_grid(a, b):
     ua, ub = union(a), union(b)
     assert grid(ua) == grid(a)
     assert length(ua) == len(grid(a))
-    assert all(before[1] < after[0] for before, after in zip(ua, ua[1:], strict=False))
+    assert all(before[1] < after[0] for before, after in pairwise(ua))
     assert grid(intersection(ua, ub)) == grid(a) & grid(b)
     assert length(intersection(ua, ub)) == len(grid(a) & grid(b))
 
@@ -113,7 +114,8 @@ def test_gpu():
     row = overlap_report([traced])["ranks"][0]
     assert [row[k] * 1e6 for k in SUMS] == pytest.approx([100, 30, 30, 10, 20, 50])
     assert {(r["axis"], r["kind"]): (r["count"], r["overlapped"]) for r in row["kinds"]} == {
-        ("fsdp", "all_gather"): (1, 1), ("fsdp_cp", "reduce_scatter"): (1, 0), ("unknown", "send_recv"): (1, 0), ("unknown", "all_reduce"): (1, 0),
+        ("fsdp", "all_gather"): (1, 1), ("fsdp_cp", "reduce_scatter"): (1, 0),
+        ("unknown", "send_recv"): (1, 0), ("unknown", "all_reduce"): (1, 0),
     }  # fmt: skip
 
 
@@ -210,6 +212,7 @@ def test_estimates():
     events = [
         note("smalt step 1", 0, 900), send, work("send", 25, 300, 1, **{"Input type": ["c10::BFloat16"]}), event("aten::mm", 100, 50),
         gather(400), work("all_gather", 405, 45), event("c10d::barrier", 600, 10),
+        event("c10d::recv_", 700, 5), work("recv", 702, 20, 1), event("c10d::recv_", 710, 5), work("recv", 712, 40, 1),
     ]  # fmt: skip
     traced = trace(events, groups={"3": {"axis": "pp", "ranks": [0, 1]}})
     # The event of a send lies on the calling thread, around what that computes.
@@ -218,7 +221,8 @@ def test_estimates():
     # No flight recorder: the order tells the end, nothing tells the group.
     assert only(traced, kind="all_gather") == Collective("all_gather", "unknown", "", 400, 450, 32, True)
     assert only(traced, kind="barrier") == Collective("barrier", "unknown", "", 600, 610, 0, True)
-    assert overlap_report([traced])["together"]["estimated"] == 3
+    assert [c.end for c in traced.collectives if c.kind == "recv"] == [722, 752]
+    assert overlap_report([traced])["together"]["estimated"] == 5
 
 
 def test_steps():

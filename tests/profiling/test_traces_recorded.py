@@ -65,7 +65,7 @@ def recorded(tmp_path_factory):
 
 
 def gathers(trace):
-    """Of each block's all-gathers in the forward and the backward pass: how many of the recorded steps had them in flight over compute.
+    """Of each block's all-gathers, forward and backward: in how many of the recorded steps they were in flight over compute.
 
     The first all-gather of a block in a step is that of the forward pass, the second that of the backward pass.
     """

@@ -79,7 +79,7 @@ class TraceRecorder:
         if self.num_steps == 0 or not self.first - 1 <= coming < self.first + self.num_steps:
             return
         if self.profiler is None:
-            cuda = torch.cuda.is_available()
+            cuda = torch.cuda.is_initialized()
             # Shapes are where the bytes of a collective on gloo come from.
             self.profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])], record_shapes=True)
             self.profiler.prepare_trace()
@@ -119,7 +119,7 @@ class TraceRecorder:
 
     def _keep_launches(self) -> None:
         """Take the new launches from gloo's flight recorder, which keeps only the newest of all."""
-        if not dist.is_initialized() or torch.cuda.is_available():
+        if not dist.is_initialized() or torch.cuda.is_initialized():
             return
         for entry in flight_records():
             if entry["time_created_ns"] >= self.since_ns:
@@ -139,5 +139,5 @@ def _elements(sizes: list[list[int]]) -> int:
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()

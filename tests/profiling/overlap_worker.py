@@ -12,7 +12,7 @@ from smalt.parallel.compat import set_unshard_async
 from smalt.profiling.bench_overlap import sharded_model
 from smalt.profiling.record import TraceRecorder
 
-WIDTH, STEPS = 512, 3
+WIDTH, STEPS = 512, 5
 
 
 def record(folder, step, axes):

@@ -94,6 +94,31 @@ def doctor() -> None:
     raise SystemExit(print_doctor(examine()))
 
 
+@app.command
+def trace(
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")], json: Path | None = None, plot: Path | None = None
+) -> None:
+    """Say how much communication hides behind compute, by mesh axis and kind, from the traces that a run recorded.
+
+    Args:
+        folder: Folder of traces, one a rank: the folder traces of a run with logging.trace_steps, or any of torch.profiler.
+        json: Write everything to this file too.
+        plot: Draw the last recorded step of each rank, and covered and exposed time by axis, into this file.
+    """
+    from json import dumps
+
+    from smalt.profiling.trace_report import overlap_report, plot_overlap, print_overlap
+    from smalt.profiling.traces import read_traces
+
+    traces = read_traces(folder)
+    report = overlap_report(traces)
+    print_overlap(report)
+    if json is not None:
+        json.write_text(dumps(report, indent=2) + "\n")
+    if plot is not None:
+        plot_overlap(traces, report, plot)
+
+
 @bench.command
 def cpu(
     config: Path = Path("configs/digits.toml"),
@@ -149,6 +174,26 @@ def kernels(
     from smalt.profiling.kernels.bench_results import RESULTS
 
     raise SystemExit(bench_kernels(out or RESULTS, only, quick, write_docs, measure, seconds))
+
+
+@bench.command
+def overlap(rounds: int = 5, steps: int = 2, json: Path | None = None, traces: Path | None = None) -> None:
+    """Which collectives of sharded data parallel overlap with compute, and how long the rest take, with and without prefetch.
+
+    Args:
+        rounds: Times that all contestants take their turn.
+        steps: Steps of a turn that are recorded.
+        json: Write the results to this file too.
+        traces: Keep the traces in this folder, for smalt trace; a temporary one when not given.
+    """
+    from json import dumps
+
+    from smalt.profiling.bench_overlap import bench_overlap, print_report
+
+    result = bench_overlap(rounds, steps, traces)
+    print_report(result)
+    if json is not None:
+        json.write_text(dumps(result, indent=2) + "\n")
 
 
 @compiled.command

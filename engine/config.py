@@ -123,6 +123,10 @@ class LoggingConfig(Section):
     """Steps between lines of metrics in TensorBoard and Weights & Biases; the JSON lines have every step."""
     validate_every: int = Field(0, ge=0)
     """Steps between measurements of the validation loss; 0: only at the end of each stage."""
+    trace_first: int = Field(10, ge=1)
+    """First step of which torch.profiler records a trace, where trace_steps is not 0; `smalt trace` reads them."""
+    trace_steps: int = Field(0, ge=0)
+    """Steps that are recorded, each slower for it; 0: none."""
     wandb_project: str | None = None
     """Log to this Weights & Biases project too (pip install 'smalt[wandb]')."""
 

@@ -1,0 +1,82 @@
+"""What the processes of test_traces_recorded.py run: one model, its collectives waited for in different ways, a trace of each."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch.distributed.device_mesh import init_device_mesh
+
+from smalt.parallel.compat import set_unshard_async
+from smalt.profiling.bench_overlap import sharded_model
+from smalt.profiling.record import TraceRecorder
+
+WIDTH, STEPS = 512, 5
+
+
+def record(folder, step, axes):
+    recorder = TraceRecorder(folder, dist.get_rank(), 2, STEPS, axes)
+    for _ in range(STEPS + 1):
+        step()
+        recorder.step()
+    recorder.close()
+
+
+def forward_and_backward(model):
+    rows_TC = torch.randn(128, WIDTH)
+
+    def step():
+        model(rows_TC).square().mean().backward()
+        model.zero_grad()
+
+    return step
+
+
+def other_collectives(groups):
+    """A collective in flight over arithmetic, the same waited for at once, a list, and a pair of sends, each in a group of its own."""
+    big, small, square = torch.ones(1 << 21), torch.ones(500), torch.randn(600, 600)
+    peer = 1 - dist.get_rank()
+
+    def step():
+        work = dist.all_reduce(big, group=groups["cp"], async_op=True)
+        square.mm(square)
+        work.wait()
+        dist.all_reduce(big, group=groups["dp"])
+        square.mm(square)
+        gathered = functional.all_gather_tensor(small, 0, groups["tp"])
+        square.mm(square)
+        gathered + 1
+        dist.reduce_scatter(torch.empty(250), [small[:250].clone(), small[250:].clone()], group=groups["tp"])
+        dist.all_to_all_single(torch.empty(500), small, group=groups["tp"])
+        dist.broadcast(small, 0, group=groups["tp"])
+        works = dist.batch_isend_irecv([dist.P2POp(dist.isend, small, peer), dist.P2POp(dist.irecv, torch.empty(500), peer)])
+        square.mm(square)
+        for work in works:
+            work.wait()
+
+    return step
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("fsdp", "cp"))
+    flat = mesh["fsdp", "cp"]._flatten("fsdp_cp")
+    prefetched = sharded_model(flat, prefetch=True, width=WIDTH)
+    axes = {"fsdp_cp": flat.get_group()}
+    record(folder / "prefetch", forward_and_backward(prefetched), axes)
+    # The same prefetches, but FSDP2 waits for each where it launches it.
+    set_unshard_async(prefetched, False)
+    record(folder / "at-once", forward_and_backward(prefetched), axes)
+    # No prefetch in the forward pass; that of the backward pass is FSDP2's own.
+    late = sharded_model(flat, prefetch=False, width=WIDTH)
+    set_unshard_async(late, True)
+    record(folder / "backward-only", forward_and_backward(late), axes)
+    groups = {name: dist.new_group([0, 1], group_desc=f"mesh_{name}") for name in ("cp", "dp", "tp", "pp")}
+    record(folder / "others", other_collectives(groups), {"pp": groups["pp"]})
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

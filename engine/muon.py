@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
         states = [self.state[p] for p in parameters]
         averages, squares = ([local_part(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq"))
         (beta1, beta2), steps = group["betas"], [state["step"] for state in states]
-        # The parts themselves: a fused step takes no DTensors of several meshes.
+        # An element's step needs nothing of the others, so that the parts will do.
         adamw(
             [local_part(p) for p in parameters], [local_gradient(p) for p in parameters], averages, squares, [], steps, fused=True,
             amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],

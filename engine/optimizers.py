@@ -66,7 +66,7 @@ def parameter_groups(model: MultimodalModel, stage: StageConfig, config: Optimiz
             multiplier = _multiplier(name, stage, model.config.vision.num_layers)
             decay = config.weight_decay if p.ndim > 1 else 0.0
             muon = config.kind == "muon" and p.ndim == 2 and (".blocks." in name or name.startswith("projector."))
-            # torch's fused step takes no DTensors of several meshes.
+            # Which DTensors one fused step takes together changes from torch to torch; those of one mesh always are.
             mesh = p.device_mesh if config.kind == "adamw" and isinstance(p, DTensor) else None
             empty = {"params": [], "weight_decay": decay, "multiplier": multiplier, "muon": muon}
             groups.setdefault((multiplier, decay, muon, mesh), empty)["params"].append(p)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .layout import cut_axes, part_bounds
+from .layout import cut_axes, local_part, part_bounds
 
 Coordinate = tuple[int, ...]
 Item = tuple[int, Coordinate]
@@ -24,7 +24,10 @@ Item = tuple[int, Coordinate]
 
 
 class Round:
-    """Matrices that are cut along the same axes of a mesh, at most one a process; matrix i belongs to process i of these axes."""
+    """Matrices that are cut along the same axes of a mesh, at most one a process; matrix i belongs to process i of these axes.
+
+    Raises ValueError for a matrix whose part here is not what its placements say.
+    """
 
     def __init__(self, matrices: Sequence[Tensor]):
         self.matrices = list(matrices)
@@ -35,6 +38,11 @@ class Round:
         self.groups = [mesh.get_group(axis) for axis in self.axes] if mesh else []
         self.ranges = [range(mesh.size(axis)) for axis in self.axes] if mesh else []
         self.owners: list[Coordinate] = list(product(*self.ranges))[: len(matrices)]
+        for i, matrix in enumerate(matrices if self.axes else ()):
+            expected, held = [stop - start for start, stop in self._bounds(i, self.here)], list(local_part(matrix).shape)
+            if held != expected:
+                # The exchange would go wrong on every process, far from here.
+                raise ValueError(f"a parameter {tuple(matrix.shape)} is cut in another way than torch's: {held} here, not {expected}")
 
     def map(self, parts: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """``function`` of each whole matrix, in this process's parts.

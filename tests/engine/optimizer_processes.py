@@ -68,11 +68,15 @@ def train(model, optimizer):
 
 
 def sharded(layout, dtype):
-    model = build_model(MODEL, 0, "cpu", dtype)
-    mesh = LAYOUTS[layout]()
-    for block in [*model.vision.blocks, *model.language.blocks]:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    """fsdp: cut over all processes. hsdp: the vision tower so, everything else over half of them, with replicas: two meshes."""
+    model, size = build_model(MODEL, 0, "cpu", dtype), dist.get_world_size()
+    vision = rest = init_device_mesh("cpu", (size,), mesh_dim_names=("fsdp",))
+    if layout == "hsdp":
+        rest = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "fsdp"))
+    fully_shard(model.vision, mesh=vision)
+    for block in model.language.blocks:
+        fully_shard(block, mesh=rest)
+    return fully_shard(model, mesh=rest)
 
 
 def everything(model, optimizer):
@@ -238,12 +242,6 @@ def placements_case():
             want = (full.flip(0) * full.sum())[tuple(slice(*b) for b in part_bounds(tensor, tensor.device_mesh.get_coordinate()))]
             exchange = max([exchange, *(part - want).abs().flatten().tolist()])
     return {"norms": largest(worst), "exchange": largest(exchange)}
-
-
-LAYOUTS = {
-    "fsdp": lambda: init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("fsdp",)),
-    "hsdp": lambda: init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "fsdp")),
-}
 
 
 def main(path):

@@ -76,3 +76,28 @@ def test_each_matrix_is_computed_once_among_those_that_share_it(found):
 def test_any_placements(found):
     assert found[1]["placements"]["norms"] < 1e-12
     assert found[1]["placements"]["exchange"] < 1e-12
+
+
+@pytest.mark.parametrize("values", [{"kind": "muon"}, {"kind": "smalt_adamw", "offload": "cpu"}], ids=lambda v: v["kind"])
+def test_real_runs_resume_on_the_other_number_of_processes(tiny_config, tmp_path, train, values):
+    changes = {"dtype": "float64", "checkpoint.every": 5, "checkpoint.keep": 3, "stages.sft.vision_layer_decay": 0.8}
+    config = tiny_config({**changes, **{f"optimizer.{key}": value for key, value in values.items()}})
+    one, two = tmp_path / "one", tmp_path / "two"
+    train([config, "--folder", one])
+    train([config, "--folder", two], nproc=2)
+    want = metrics(one)
+    assert len(want) == 7
+    assert same_losses(metrics(two), want)
+    # As if killed after step 5: its checkpoint is then the newest.
+    (two / "checkpoints" / "step-00000007").rename(tmp_path / "gone")
+    train([config, "--folder", two, "--resume"])
+    assert same_losses(metrics(two), want)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_losses(ours, theirs):
+    keys = ("step", "loss", "grad_norm")
+    return [[line[k] for k in keys] for line in ours] == [pytest.approx([line[k] for k in keys], rel=1e-10) for line in theirs]

@@ -27,6 +27,7 @@ from smalt.model import ModelConfig
 from smalt.parallel import ParallelModel, World
 
 from .errors import UserError
+from .optimizers import optimizer_tensors
 
 # A single process saves without a process group, on purpose.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -150,18 +151,9 @@ def load_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
 
 
 def training_tensors(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights as ``model.NAME``, AdamW's moments as ``optimizer.exp_avg.NAME`` and so on, made now where no step was taken yet."""
-    tensors: dict[str, Tensor] = {f"model.{n}": p.data for n, p in model.named_parameters()}
+    """Weights as ``model.NAME``, and the optimiser's state as ``optimizer.STATE.NAME``, made now where no step was taken yet."""
     names = {p: n for n, p in model.named_parameters()}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state[p]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                tensors[f"optimizer.{key}.{names[p]}"] = state[key]
-    return tensors
+    return {**{f"model.{n}": p.data for p, n in names.items()}, **optimizer_tensors(optimizer, names)}
 
 
 def _copy_to_cpu(tensor: Tensor) -> Tensor:

@@ -55,6 +55,9 @@ class StageConfig(Section):
     """Parts that learn (vision, projector, language), each with the multiplier of its learning rate; the others are frozen."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
+    vision_layer_decay: float = Field(1.0, gt=0, le=1)
+    """Factor of the learning rate from each block of the vision tower to the one before it; the last block has it once, the patch
+    embedding and positions once more than the first block, the final norm not at all."""
     schedule: Literal["constant", "cosine", "wsd"] = "cosine"
     """Learning rate after the warm-up: constant, half a cosine, or stable and then linear decay over the last fifth."""
     warmup_steps: int = Field(0, ge=0)
@@ -78,6 +81,15 @@ class StageConfig(Section):
 
 
 class OptimizerConfig(Section):
+    kind: Literal["adamw", "smalt_adamw", "apex", "muon"] = "adamw"
+    """adamw: torch's fused AdamW. smalt_adamw: the Triton kernel, one launch a group. apex: FusedAdam of NVIDIA's apex. muon: Muon for
+    the matrices of blocks and projector, AdamW for the rest, at AdamW's learning rates."""
+    offload: Literal["none", "cpu"] = "none"
+    """cpu: optimiser state and arithmetic on the CPU, for adamw and smalt_adamw: less memory on the GPU, slower steps."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the moments of smalt_adamw; bfloat16 halves their memory and is rounded stochastically."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon's decay rate of the momentum."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
     eps: float = 1e-8
@@ -88,6 +100,14 @@ class OptimizerConfig(Section):
     """Largest global norm of the gradient."""
     max_bad_steps: int = Field(5, ge=1)
     """Steps in a row with a non-finite loss or gradient, each skipped, after which the run stops."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.offload == "cpu" and self.kind not in ("adamw", "smalt_adamw"):
+            raise ValueError(f"offload = 'cpu' works with kind adamw and smalt_adamw, not with {self.kind}")
+        if self.state_dtype != "float32" and self.kind != "smalt_adamw":
+            raise ValueError(f"state_dtype = {self.state_dtype!r} works with kind smalt_adamw, not with {self.kind}")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -123,6 +143,8 @@ class LoggingConfig(Section):
     """Steps between lines of metrics in TensorBoard and Weights & Biases; the JSON lines have every step."""
     validate_every: int = Field(0, ge=0)
     """Steps between measurements of the validation loss; 0: only at the end of each stage."""
+    norms_every: int = Field(0, ge=0)
+    """Steps of a stage between L2 norms by module, of weights, gradients and optimiser state; 0: never."""
     trace_first: int = Field(10, ge=1)
     """First step of which torch.profiler records a trace, where trace_steps is not 0; `smalt trace` reads them."""
     trace_steps: int = Field(0, ge=0)
@@ -151,7 +173,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     """Layout over the processes; docs/parallel.md."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW."""
+    """How the weights are updated."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
     evaluation: EvaluationConfig = EvaluationConfig()

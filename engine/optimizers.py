@@ -1,15 +1,29 @@
-"""AdamW over the trainable parts of a stage, and the learning rate of a step."""
+"""The optimiser of a stage over its trainable parameters, the learning rate of a step, and the optimiser's part of a checkpoint."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from smalt.model import PARTS
+from smalt.kernels import AdamW
+from smalt.model import PARTS, MultimodalModel
+from smalt.parallel import ParallelModel
+from smalt.parallel.layout import first_index
 
+from .apex_adam import ApexAdam, find_fused_adam
 from .config import OptimizerConfig, StageConfig
+from .errors import UserError
+from .muon import Muon
+from .offload import Offloaded
+from .optimizer_state import adamw_state
+
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Groups = list[dict[str, Any]]
 
 
 def trainable_parts(stage: StageConfig) -> list[str]:
@@ -17,17 +31,93 @@ def trainable_parts(stage: StageConfig) -> list[str]:
     return [part for part in PARTS if stage.trainable.get(part, 0.0) > 0]
 
 
-def build_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], stage: StageConfig, config: OptimizerConfig) -> torch.optim.AdamW:
-    """One group for each part and kind: matrices decay, vectors (norms, biases) do not; ``multiplier`` scales the rate."""
-    groups, everything = [], list(named)
-    for name in PARTS:
-        parameters = [p for n, p in everything if n.startswith(f"{name}.") and p.requires_grad]
-        for matrices in (True, False):
-            chosen = [p for p in parameters if (p.ndim > 1) == matrices]
-            decay = config.weight_decay if matrices else 0.0
-            if chosen:
-                groups.append({"params": chosen, "weight_decay": decay, "multiplier": stage.trainable[name]})
-    return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+def build_optimizer(model: MultimodalModel | ParallelModel, stage: StageConfig, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimiser of ``config.kind`` over what is trainable, in the groups of :func:`parameter_groups`.
+
+    Raises UserError where apex is not there or cannot train these parameters.
+    """
+    groups = parameter_groups(model, stage, config)
+    if config.kind == "muon":
+        return Muon(groups, stage.learning_rate, momentum=config.momentum, betas=config.betas, eps=config.eps)
+    if config.kind == "apex":
+        return _apex(groups, stage, config)
+
+    def make(groups: Groups, origin: Callable[[Tensor], Tensor]) -> torch.optim.Optimizer:
+        if config.kind == "adamw":
+            return torch.optim.AdamW(groups, stage.learning_rate, config.betas, config.eps, fused=True)
+        dtype = STATE_DTYPES[config.state_dtype]
+        optimizer = AdamW(groups, stage.learning_rate, config.betas, config.eps, state_dtype=dtype)
+        # Rounding then depends on where an element is in its parameter, not in its shard.
+        optimizer.first_index = lambda p: first_index(origin(p))
+        return optimizer
+
+    if config.offload == "cpu":
+        return Offloaded(groups, make, STATE_DTYPES[config.state_dtype] if config.kind == "smalt_adamw" else None)
+    return make(groups, lambda p: p)
+
+
+def parameter_groups(model: MultimodalModel | ParallelModel, stage: StageConfig, config: OptimizerConfig) -> Groups:
+    """Trainable parameters by ``multiplier`` of the learning rate, ``weight_decay`` (matrices have it, vectors have none) and ``muon``
+    (the matrices of blocks and projector, where that is the kind). One empty group where nothing is trainable here, as can be on a
+    pipeline stage."""
+    groups: dict[Any, dict[str, Any]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            multiplier = _multiplier(name, stage, model.config.vision.num_layers)
+            decay = config.weight_decay if p.ndim > 1 else 0.0
+            muon = config.kind == "muon" and p.ndim == 2 and (".blocks." in name or name.startswith("projector."))
+            # Which DTensors one fused step takes together changes from torch to torch; those of one mesh always are.
+            mesh = p.device_mesh if config.kind == "adamw" and isinstance(p, DTensor) else None
+            empty = {"params": [], "weight_decay": decay, "multiplier": multiplier, "muon": muon}
+            groups.setdefault((multiplier, decay, muon, mesh), empty)["params"].append(p)
+    return list(groups.values()) or [{"params": [], "weight_decay": 0.0, "multiplier": 1.0, "muon": False}]
+
+
+def _multiplier(name: str, stage: StageConfig, num_layers: int) -> float:
+    """Of the learning rate of a parameter: its part's, and in the vision tower less the farther it is from the language model."""
+    part, *rest = name.split(".")
+    if part != "vision" or rest[0] == "norm":
+        return stage.trainable[part]
+    depth = num_layers - int(rest[1]) if rest[0] == "blocks" else num_layers + 1
+    return stage.trainable[part] * stage.vision_layer_decay**depth
+
+
+def _apex(groups: Groups, stage: StageConfig, config: OptimizerConfig) -> ApexAdam:
+    fused_adam = find_fused_adam()
+    for p in (p for group in groups for p in group["params"]):
+        if not p.is_cuda or p.dtype == torch.float64:
+            raise UserError(
+                f"optimizer.kind = apex: the parameters are {p.dtype} on {p.device}, and FusedAdam trains float32 on a GPU; set "
+                "optimizer.kind to adamw"
+            )
+    return ApexAdam(groups, fused_adam, stage.learning_rate, config.betas, config.eps)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, Tensor]:
+    """Every tensor of the optimiser's state as ``optimizer.STATE.NAME``, made now where no step was taken yet.
+
+    They are the state itself: writing into them restores it. names: of the parameters; what it leaves out is left out.
+    """
+    tensors = {}
+    for group in optimizer.param_groups:
+        for p in (p for p in group["params"] if p in names):
+            _make_state(optimizer, group, p)
+            for state, value in optimizer.state[p].items():
+                tensors[f"optimizer.{state}.{names[p]}"] = value
+    return tensors
+
+
+def _make_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.nn.Parameter) -> None:
+    if isinstance(optimizer, Muon):
+        optimizer.make_state(p, group)
+    elif isinstance(optimizer, Offloaded | ApexAdam):
+        optimizer.make_state(p)
+    elif p not in optimizer.state:
+        if isinstance(optimizer, AdamW):
+            dtype = torch.float64 if p.dtype == torch.float64 else group["state_dtype"]
+            optimizer.state[p] = adamw_state(p, dtype, count_on_cpu=True)
+        else:
+            optimizer.state[p] = adamw_state(p)
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:

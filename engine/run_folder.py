@@ -12,8 +12,8 @@ from .config import RunConfig, parse_config
 from .data.stream import SkippedSample
 from .errors import UserError
 
-CONFIG, METRICS, SKIPPED, EVALUATION, PLOT, CHECKPOINTS = (
-    "config.json", "metrics.jsonl", "skipped.jsonl", "evaluation.json", "evaluation.png", "checkpoints",
+CONFIG, METRICS, SKIPPED, EVALUATION, PLOT, CHECKPOINTS, TRACES = (
+    "config.json", "metrics.jsonl", "skipped.jsonl", "evaluation.json", "evaluation.png", "checkpoints", "traces",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .data.records import ParquetRecords
 from .data.stream import Presentation, grain, sample_stream
 from .data.validation import ValidationSet
 from .memory import explain_out_of_memory
+from .norms import module_norms, optimizer_norms
 from .objectives import pack_loss
 from .optimizers import build_optimizer, learning_rate, set_learning_rate, trainable_parts
 
@@ -42,11 +43,13 @@ class RunData:
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: nats a token over all ranks; grad_norm: before clipping; skipped: why no step was taken, or None."""
+    """loss: nats a token over all ranks; grad_norm: before clipping; skipped: why no step was taken, or None; norms: L2 norms by
+    module where they are due, of weights before the step, of clipped gradients and of the optimiser's state."""
 
     loss: float
     grad_norm: float
     skipped: str | None = None
+    norms: dict[str, float] = field(default_factory=dict)
 
 
 class Stage:
@@ -71,7 +74,7 @@ class Stage:
         )  # fmt: skip
         if weights is not None:
             self.model.copy_weights(weights)
-        self.optimizer = build_optimizer(self.model.named_parameters(), self.config, config.optimizer)
+        self.optimizer = build_optimizer(self.model, self.config, config.optimizer)
         self.done, self.loader_state = 0, PackerState()
         if checkpoint is not None:
             self.done, self.loader_state = checkpoint.state["stage_step"], PackerState(**checkpoint.state["loader"])
@@ -113,10 +116,24 @@ class Stage:
             loss = float(self.world.sum(self.model.accumulate(batch.packs, _share(batch.loss_tokens))))
             norm = self.model.clip_gradients(self.run_config.optimizer.clip)
             finite = math.isfinite(loss) and math.isfinite(norm)
+            norms = self._norms()
             if finite:
                 self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(loss, norm, None if finite else "non-finite")
+        return StepResult(loss, norm, None if finite else "non-finite", norms)
+
+    def _norms(self) -> dict[str, float]:
+        every = self.run_config.logging.norms_every
+        if not every or self.done % every:
+            return {}
+        parameters = self.model.counted_parameters()
+        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        found = {
+            "weights": module_norms(parameters, self.world),
+            "gradients": module_norms(gradients, self.world),
+            "state": optimizer_norms(self.optimizer, {p: name for name, p in parameters.items()}, self.world),
+        }
+        return {f"norms/{kind}/{key}": value for kind, norms in found.items() for key, value in norms.items()}
 
     def _explain_out_of_memory(self) -> AbstractContextManager[None]:
         length = f"stages.{self.name}.sequence_length (now {self.config.sequence_length})"

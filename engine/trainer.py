@@ -10,6 +10,7 @@ from torch import Tensor
 
 from smalt.model import ModelConfig, MultimodalModel, build_model, count_parameters
 from smalt.parallel import ParallelModel, World
+from smalt.profiling.record import TraceRecorder
 
 from .checkpoints import CheckpointWriter
 from .config import RunConfig
@@ -23,7 +24,7 @@ from .launch import Launch
 from .memory import explain_out_of_memory
 from .plots import plot_run
 from .progress import RunProgress
-from .run_folder import CHECKPOINTS, EVALUATION, PLOT, RunFolder, read_metrics
+from .run_folder import CHECKPOINTS, EVALUATION, PLOT, TRACES, RunFolder, read_metrics
 from .stage import RunData, Stage, StepResult
 
 
@@ -40,6 +41,8 @@ class Run:
         self.model: ParallelModel | None = None
         self.progress = RunProgress(self.config.total_steps, self.step, world.is_main)
         self.folder = RunFolder(launch.folder, self.config, world.is_main, self.step if self.checkpoint else None)
+        first, count = self.config.logging.trace_first, self.config.logging.trace_steps
+        self.recorder = TraceRecorder(launch.folder / TRACES, world.rank, first, count, world.groups, done=self.step)
         self.writer = CheckpointWriter(launch.folder / CHECKPOINTS, self.config.checkpoint.keep, world, self._checkpoint_failed)
 
     def stages(self) -> Iterator[Stage]:
@@ -61,6 +64,7 @@ class Run:
     def after_step(self, stage: Stage, batch: StepBatch, result: StepResult, seconds: float) -> None:
         """Count, log, save, validate, evaluate: whatever is due after this step."""
         self.step += 1
+        self.recorder.step()
         config, last_of_stage = self.config, stage.done == stage.config.steps
         self.counters.update(f"records skipped: {s.cause}" for s in batch.skipped)
         self.folder.skip(self.step, batch.skipped)
@@ -69,7 +73,7 @@ class Run:
         values = {
             "stage": stage.name, "loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": stage.rate,
             "tokens_per_second": batch.tokens / seconds, "tokens": batch.tokens, "loss_tokens": batch.loss_tokens, "fill": batch.fill,
-            **{f"documents/{source}": n for source, n in sorted(batch.documents.items())}, **self.counters,
+            **{f"documents/{source}": n for source, n in sorted(batch.documents.items())}, **self.counters, **result.norms,
         }  # fmt: skip
         if last_of_stage or _due(self.step, config.logging.validate_every):
             values |= stage.validate()
@@ -84,6 +88,7 @@ class Run:
 
     def finish(self) -> None:
         """The last save, the final evaluation, the plot."""
+        self.recorder.close()
         self.writer.wait()
         self._evaluate(self.config.evaluation.questions, final=True)
         self.progress.close()

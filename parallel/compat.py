@@ -10,9 +10,12 @@ import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+# How FSDP2 marks a dim that tensor parallelism has cut before it.
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
+
+__all__ = ["StridedShard"]
 
 # From 2.12 on; before, the names without "single". They return at once and wait where their result is first used.
 _all_gather: Any = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
@@ -33,12 +36,6 @@ def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
 def all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: ProcessGroup) -> Tensor:
     """Rows of x to other ranks, ``send[r]`` of them to rank r, and ``receive[r]`` from it, in order; backward sends gradients back."""
     return _all_to_all(x.contiguous(), list(receive), list(send), group)
-
-
-def local_box(shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes and offsets of this rank's part of a DTensor of a whole shape."""
-    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
-    return tuple(sizes), tuple(offsets)
 
 
 def set_memory_budget(share: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .compat import scale_gradients
+from .layout import cut_axes, local_part
 from .mesh import World
 
 
@@ -19,23 +21,42 @@ def global_norm(tensors: Iterable[Tensor], world: World) -> float:
     stages hold, one of them leaves it out."""
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for tensor in tensors:
-        total += local(tensor).double().square().sum() / copies(tensor, world)
+        total += local_part(tensor).double().square().sum() / copies(tensor, world)
     return math.sqrt(float(world.sum(total)))
+
+
+def squared_norms(tensors: Mapping[str, Iterable[Tensor]], world: World) -> dict[str, float]:
+    """Squared L2 norms of groups of tensors over all ranks, by name, formed in float64, the same on each rank.
+
+    A rank may have groups that others have not, as pipeline stages do. For a log: it waits for the device, once.
+    """
+    own = {}
+    for name, group in tensors.items():
+        squares = [local_part(t).double().square().sum() / copies(t, world) for t in group]
+        own[name] = torch.stack([s.to(world.device) for s in squares]).sum()
+    values = torch.stack(list(own.values())).tolist() if own else []
+    mine = dict(zip(own, values, strict=True))
+    if world.meshes is None:
+        return mine
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, mine)
+    total: dict[str, float] = {}
+    for of_rank in everyone:
+        for name, value in of_rank.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
 
 
 def copies(tensor: Tensor, world: World) -> int:
     """How many ranks of a pipeline stage hold the same elements as this one."""
-    shards = 1
-    if isinstance(tensor, DTensor):
-        sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-        shards = math.prod(size for size, placement in sizes if not placement.is_replicate())
+    shards = math.prod(tensor.device_mesh.shape[axis] for axis in cut_axes(tensor)) if isinstance(tensor, DTensor) else 1
     return world.size // world.parallel.pp // shards
 
 
 def clip(gradients: list[Tensor], norm: float, max_norm: float) -> None:
     """Scale all gradients in place so that a global norm of ``norm`` becomes at most ``max_norm``."""
     if gradients and norm > max_norm:  # a pipeline stage may hold nothing that learns
-        scale_gradients([local(g) for g in gradients], max_norm / norm)
+        scale_gradients([local_part(g) for g in gradients], max_norm / norm)
 
 
 def check_gradients(parameters: Mapping[str, torch.nn.Parameter]) -> None:
@@ -51,9 +72,4 @@ def check_gradients(parameters: Mapping[str, torch.nn.Parameter]) -> None:
 
 def sum_tied(gradient: Tensor, group: dist.ProcessGroup) -> None:
     """Sum the gradient of a weight that the first and the last pipeline stage hold, in place."""
-    dist.all_reduce(local(gradient), group=group)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    dist.all_reduce(local_part(gradient), group=group)

@@ -65,6 +65,14 @@ class World:
         place = self.coordinates
         return place["dp"] * (self.parallel.fsdp or 1) + place["fsdp"]
 
+    @property
+    def groups(self) -> dict[str, dist.ProcessGroup]:
+        """Process groups by the names of their axes, flattened ones first; none for a single process."""
+        if self.meshes is None:
+            return {}
+        meshes = (self.meshes.vision, self.meshes.tiles, self.meshes.weights, self.meshes.cp, self.meshes.tp, self.meshes.pp)
+        return {name: mesh.get_group(name) for mesh in meshes for name in mesh.mesh_dim_names or ()}
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in place, the same bits on each."""
         if self.meshes is not None:

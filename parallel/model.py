@@ -16,7 +16,7 @@ from smalt.model.init import initial_rows
 
 from . import gradients
 from .batch import PackShard, shard_pack
-from .compat import local_box
+from .layout import local_bounds, local_part
 from .mesh import World
 from .part import ModelPart
 from .pipeline import Pipeline
@@ -159,7 +159,7 @@ class ParallelModel:
         """Take the weights of a model on the same layout."""
         with torch.no_grad():
             for name, p in self.named_parameters():
-                gradients.local(p).copy_(gradients.local(other[name]))
+                local_part(p).copy_(local_part(other[name]))
 
     def full_state(self) -> dict[str, Tensor]:
         """Every parameter of the model, whole, on each rank. Every rank of the world calls it."""
@@ -207,10 +207,9 @@ def initialize_part(part: ModelPart, seed: int) -> None:
     """Fill this rank's share of every parameter with its initial numbers, and make no others."""
     with torch.no_grad():
         for name, p in part.named_parameters():
-            sizes, offsets = tuple(p.shape), (0,) * p.ndim
-            if isinstance(p, DTensor):
-                sizes, offsets = local_box(p.shape, p.device_mesh, p.placements)
-            values = initial_rows(part.config, name, p.shape, seed, offsets[0], offsets[0] + sizes[0])
-            for dim in range(1, p.ndim):
-                values = values.narrow(dim, offsets[dim], sizes[dim])
-            gradients.local(p).copy_(values)
+            bounds = local_bounds(p)
+            (first, last), *others = bounds
+            values = initial_rows(part.config, name, p.shape, seed, first, last)
+            for dim, (start, stop) in enumerate(others, start=1):
+                values = values.narrow(dim, start, stop - start)
+            local_part(p).copy_(values)

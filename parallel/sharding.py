@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from .compat import set_unshard_async
 from .mesh import World
 from .part import ModelPart
 
@@ -31,6 +32,8 @@ def shard_part(part: ModelPart, world: World) -> None:
             # In float32 a factor makes FSDP ask for a premultiplied sum, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
     if world.parallel.prefetch:
+        # On a GPU gathers have a stream; on a CPU FSDP would wait for each where it starts it.
+        set_unshard_async(part, world.device.type == "cpu")
         _prefetch([*tower[:-2], *part.language.blocks.values()])
 
 

@@ -1,75 +1,55 @@
-"""Eight processes that stay for all rows of the matrix: a start takes far longer than a row."""
+"""Processes for the rows of the matrix."""
 
 import json
 import os
 import subprocess
 import sys
-import threading
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
-SIZE = 8
-WORKER = Path(__file__).parent / "worker.py"
+RANKS = Path(__file__).parent / "ranks.py"
 
 
 class Workers:
-    """run(...) has all processes take one row and gives what rank 0 found; raises RowFailed with every rank's traceback."""
+    """run(...) has processes take one row and gives what rank 0 found; raises RowFailed with every rank's traceback."""
 
     def __init__(self, folder):
         self.folder, self.numbers = folder, count()
-        self.store = dist.TCPStore("127.0.0.1", 0, None, is_master=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.processes = []
-        for rank in range(SIZE):
-            with (folder / f"stderr-{rank}").open("w") as stderr:
-                command = [sys.executable, str(WORKER), str(rank), str(self.store.port)]
-                self.processes.append(
-                    subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
-                )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.stderr = (folder / "stderr").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, str(RANKS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment
+        )
 
     def run(self, num_processes, parallel, variant="", trainable="all", dtype="float64", fault=None, timeout=60):
-        identity = str(next(self.numbers))
         case = {
-            "id": identity, "num_processes": num_processes, "parallel": parallel, "variant": variant, "trainable": trainable,
-            "dtype": dtype, "fault": fault, "timeout": timeout, "out": str(self.folder / f"{identity}.pt"),
+            "num_processes": num_processes, "parallel": parallel, "variant": variant, "trainable": trainable, "dtype": dtype,
+            "fault": fault, "timeout": timeout, "out": str(self.folder / f"{next(self.numbers)}.pt"),
         }  # fmt: skip
-        for process in self.processes:
-            process.stdin.write(json.dumps(case) + "\n")
-            process.stdin.flush()
-        errors = {}
-        for rank, process in enumerate(self.processes):
-            answer = self._answer(process)
-            if answer is None:
-                errors[rank] = (self.folder / f"stderr-{rank}").read_text()[-2000:] or "no answer"
-            elif "error" in answer:
-                errors[rank] = answer["error"]
+        self.process.stdin.write(json.dumps(case) + "\n")
+        self.process.stdin.flush()
+        errors = self._answer()
         if errors:
-            raise RowFailed("\n".join(f"rank {rank}: {text}" for rank, text in errors.items()))
+            last = (self.folder / "stderr").read_text()[-2000:]
+            raise RowFailed("\n".join(f"rank {rank}: {text}" for rank, text in errors.items()) + f"\nstderr: {last}")
         result = torch.load(case["out"])
         Path(case["out"]).unlink()
         return result
 
-    def _answer(self, process):
-        # Whatever a library prints on the way is not an answer. A worker that hangs past every timeout is ended.
-        timer = threading.Timer(300, process.kill)
-        timer.start()
-        try:
-            for line in process.stdout:
-                if line.startswith("answer "):
-                    return json.loads(line.removeprefix("answer "))
-            return None
-        finally:
-            timer.cancel()
+    def _answer(self):
+        # Whatever a library prints on the way is not an answer.
+        for line in self.process.stdout:
+            if line.startswith("answer "):
+                return json.loads(line.removeprefix("answer "))
+        return {"all": "the processes are gone"}
 
     def close(self):
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
+        self.process.kill()
+        self.process.wait()
+        self.stderr.close()
 
 
 class RowFailed(Exception):

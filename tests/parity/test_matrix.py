@@ -54,8 +54,12 @@ ROWS = [
     (4, {"fsdp": 2, "tp": 2}, {"dtype": "float32"}),
     (4, {"pp": 2, "cp": 2}, {"dtype": "float32"}),
 ]
-# Of fp32: a few hundred roundings of 2^-24 in a chain of products and sums; Adam's step adds its own.
-LIMITS = {"float64": {}, "float32": {"loss": 1e-5, "norm": 1e-4, "clipped": 1e-5, "gradients": 1e-3, "parameters": 1e-3}}
+# Of fp32: a few hundred roundings of 2^-24 in a chain of products and sums. AdamW divides the gradient of a key bias, zero but for
+# rounding, by its epsilon: 3 steps of 1e-2 x 1e-9 / 1e-5 are up to 1e-2 of the floor.
+LIMITS = {
+    "float64": {},
+    "float32": {"loss": 1e-5, "evaluated": 1e-5, "norm": 1e-4, "clipped": 1e-5, "gradients": 1e-3, "parameters": 2e-2},
+}
 
 
 def name_of(row):
@@ -83,6 +87,7 @@ def largest_error(got, want, error):
 
 def differences(got, want, error):
     figures = {key: relative(got[key], want[key]) for key in ("loss", "norm", "clipped")}
+    figures["evaluated"] = relative([got["evaluated"]], [want["evaluated"]])
     return figures | {key: largest_error(got[key], want[key], error)[1] for key in ("initial", "gradients", "parameters")}
 
 

@@ -114,5 +114,6 @@ def run_reference(variant, trainable, dtype):
         result["clipped"].append(norm_of(grads))
         optimizer.step()
         optimizer.zero_grad()
+    result["evaluated"] = result["loss"][0]
     result["parameters"] = {n: p.detach().clone() for n, p in model.named_parameters()}
     return result

@@ -191,7 +191,20 @@ class RunConfig(Section):
                 raise ValueError(f"stages.{name}.mixture names {', '.join(sorted(unknown))}; data.sources has {known}")
         if unknown := set(self.evaluation.budget_tasks) - set(self.evaluation.sources):
             raise ValueError(f"evaluation.budget_tasks names {', '.join(sorted(unknown))}, which evaluation.sources lacks")
+        if self.parallel.runtime == "deepspeed":
+            self._check_deepspeed()
         return self
+
+    def _check_deepspeed(self) -> None:
+        if self.optimizer.kind != "adamw":
+            wrong = f"optimizer.kind = {self.optimizer.kind!r}: set it to 'adamw'"
+        elif self.optimizer.offload != "none":
+            wrong = f"optimizer.offload = {self.optimizer.offload!r}: set parallel.deepspeed.offload_optimizer instead"
+        elif self.dtype == "float64":
+            wrong = "dtype = 'float64': set it to 'float32' or 'bfloat16'"
+        else:
+            return
+        raise ValueError(f"parallel.runtime = 'deepspeed' does not work with {wrong}, or set parallel.runtime to 'torch'")
 
     @property
     def total_steps(self) -> int:

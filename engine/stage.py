@@ -13,6 +13,7 @@ from torch import Tensor
 from smalt.model import pack
 from smalt.model.cost import Workload
 from smalt.parallel import PackShard, ParallelModel, World
+from smalt.parallel.deepspeed import MOMENTS, DeepSpeedModel
 
 from .checkpoints import Checkpoint, load_tensors, training_tensors
 from .config import RunConfig
@@ -22,10 +23,11 @@ from .data.packing import Packer, PackerState
 from .data.records import ParquetRecords
 from .data.stream import Presentation, grain, sample_stream
 from .data.validation import ValidationSet
+from .errors import UserError
 from .memory import explain_out_of_memory
 from .norms import module_norms, optimizer_norms
 from .objectives import pack_loss
-from .optimizers import build_optimizer, learning_rate, set_learning_rate, trainable_parts
+from .optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate, trainable_parts
 
 # With bfloat16 the weights stay float32 and autocast does the arithmetic.
 PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
@@ -66,23 +68,35 @@ class Stage:
     ):
         self.run_config, self.config, self.name, self.world = config, config.stages[name], name, world
         torch.manual_seed(config.seed)
-        length = self.config.sequence_length
-        # A fresh model for each stage: FSDP fixes what is trainable when it wraps.
-        self.model = ParallelModel(
-            config.model, world, config.seed, PARAMETER_DTYPES[config.dtype], trainable_parts(self.config), length,
-            typical_work(config, name, data) if world.parallel.pp > 1 else None, autocast=config.dtype == "bfloat16",
-        )  # fmt: skip
-        if weights is not None:
-            self.model.copy_weights(weights)
-        self.optimizer = build_optimizer(self.model, self.config, config.optimizer)
+        self.model, self.optimizer = self._build(data, weights)
         self.done, self.loader_state = 0, PackerState()
         if checkpoint is not None:
             self.done, self.loader_state = checkpoint.state["stage_step"], PackerState(**checkpoint.state["loader"])
             self._restore(checkpoint)
         self.rate = 0.0
-        limit = config.data.validation_documents
+        limit, length = config.data.validation_documents, self.config.sequence_length
         self.validation = ValidationSet(data.validation, data.encoder, limit, length, config.model, world)
         self.loader = self._loader(data)
+
+    def _build(self, data: RunData, weights: Mapping[str, Tensor] | None) -> tuple[ParallelModel, torch.optim.Optimizer]:
+        """A fresh model for each stage: FSDP and ZeRO fix what is trainable when they wrap."""
+        config, world = self.run_config, self.world
+        dtype, autocast = PARAMETER_DTYPES[config.dtype], config.dtype == "bfloat16"
+        common = config.model, world, config.seed, dtype, trainable_parts(self.config), self.config.sequence_length
+        if world.parallel.runtime == "deepspeed":
+            try:
+                zero = DeepSpeedModel(*common, autocast=autocast)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            if weights is not None:
+                zero.copy_weights(weights)
+            groups = parameter_groups(zero.skeleton, self.config, config.optimizer)
+            return zero, zero.start(groups, self.config.learning_rate, config.optimizer.betas, config.optimizer.eps)
+        work = typical_work(config, self.name, data) if world.parallel.pp > 1 else None
+        model = ParallelModel(*common, work, autocast)
+        if weights is not None:
+            model.copy_weights(weights)
+        return model, build_optimizer(model, self.config, config.optimizer)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         tensors = self.tensors()
@@ -90,6 +104,11 @@ class Stage:
             # The random state of a process means nothing on another layout; order and initial weights do not use it.
             del tensors[self._random_state]
         load_tensors(checkpoint, tensors)
+        if isinstance(self.model, DeepSpeedModel):
+            try:
+                self.model.restore(tensors)
+            except ValueError as error:
+                raise UserError(f"checkpoint {checkpoint.path}: {error}") from error
         if self._random_state in tensors:
             torch.set_rng_state(tensors[self._random_state])
 
@@ -126,13 +145,21 @@ class Stage:
         every = self.run_config.logging.norms_every
         if not every or self.done % every:
             return {}
-        parameters = self.model.counted_parameters()
-        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        found = {
-            "weights": module_norms(parameters, self.world),
-            "gradients": module_norms(gradients, self.world),
-            "state": optimizer_norms(self.optimizer, {p: name for name, p in parameters.items()}, self.world),
-        }
+        if isinstance(self.model, DeepSpeedModel):
+            moments = {moment: module_norms(self.model.moments(moment), self.world) for moment in MOMENTS}
+            found = {
+                "weights": module_norms(self.model.weights(), self.world),
+                "gradients": module_norms(self.model.gradients(), self.world),
+                "state": {f"{moment}/{module}": norm for moment, norms in moments.items() for module, norm in norms.items()},
+            }
+        else:
+            parameters = self.model.counted_parameters()
+            gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+            found = {
+                "weights": module_norms(parameters, self.world),
+                "gradients": module_norms(gradients, self.world),
+                "state": optimizer_norms(self.optimizer, {p: name for name, p in parameters.items()}, self.world),
+            }
         return {f"norms/{kind}/{key}": value for kind, norms in found.items() for key, value in norms.items()}
 
     def _explain_out_of_memory(self) -> AbstractContextManager[None]:
@@ -149,7 +176,9 @@ class Stage:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything of a checkpoint that is a tensor."""
-        return {**training_tensors(self.model, self.optimizer), self._random_state: torch.get_rng_state()}
+        zero = self.model if isinstance(self.model, DeepSpeedModel) else None
+        trained = zero.training_tensors() if zero else training_tensors(self.model, self.optimizer)
+        return {**trained, self._random_state: torch.get_rng_state()}
 
     @property
     def _random_state(self) -> str:
@@ -165,8 +194,10 @@ class Stage:
         }
 
     def close(self) -> None:
-        """End the loader's thread."""
+        """End the loader's thread; the model keeps its weights."""
         self.loader.close()
+        if isinstance(self.model, DeepSpeedModel):
+            self.model.close()
 
 
 def stage_stream(config: RunConfig, name: str, data: RunData) -> grain.MapDataset:

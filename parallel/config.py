@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,6 +11,29 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from smalt.model import ModelConfig
 
 AXES = ("pp", "dp", "fsdp", "cp", "tp")
+
+
+class DeepSpeedConfig(BaseModel):
+    """What DeepSpeed shards, and where it keeps the optimiser's state."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    stage: Literal[2, 3] = 3
+    """Stage of ZeRO: 2 shards optimiser state and gradients, 3 the weights too."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """cpu: optimiser state and arithmetic on the CPU; nvme: the state on a disk, under stage 3."""
+    nvme_path: Path | None = None
+    """Folder on a fast local disk for offload_optimizer = "nvme"."""
+    keep_whole: int = Field(100_000, ge=0)
+    """Stage 3: parameters of at most this many elements stay whole on every process."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DeepSpeedConfig:
+        if self.offload_optimizer == "nvme" and self.stage == 2:
+            raise ValueError('offload_optimizer = "nvme" is of stage 3; set stage to 3, or offload_optimizer to "cpu"')
+        if self.offload_optimizer == "nvme" and self.nvme_path is None:
+            raise ValueError('offload_optimizer = "nvme" needs nvme_path, a folder on a fast local disk')
+        return self
 
 
 class ParallelConfig(BaseModel):
@@ -49,9 +73,15 @@ class ParallelConfig(BaseModel):
     """With compile: share of a block's activations that is kept, the rest is computed again; torch chooses which."""
     async_tp: bool = False
     """With compile, on GPUs whose links allow it: collectives of tp inside the products beside them (symmetric memory)."""
+    runtime: Literal["torch", "deepspeed"] = "torch"
+    """What shards over fsdp and steps: "torch" (FSDP2), or "deepspeed" (ZeRO), which has no other axis."""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """Settings of runtime = "deepspeed"; otherwise they are not read."""
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
+        if self.runtime == "deepspeed":
+            self._check_deepspeed()
         if self.memory_budget is not None and not self.compile:
             raise ValueError("memory_budget needs compile = true")
         if self.memory_budget is not None and self.checkpointing != "none":
@@ -70,6 +100,23 @@ class ParallelConfig(BaseModel):
                     'computed again for the first is gone in the second; use another schedule, or checkpointing = "none"'
                 )
         return self
+
+    def _check_deepspeed(self) -> None:
+        larger = [f"{axis} = {getattr(self, axis)}" for axis in AXES if axis != "fsdp" and getattr(self, axis) > 1]
+        if larger:
+            raise ValueError(
+                f'runtime = "deepspeed" shards over all processes, along fsdp alone, and there is {", ".join(larger)}; leave it out, '
+                'or set runtime to "torch"'
+            )
+        if self.compile:
+            raise ValueError('compile works with runtime = "torch" only; set compile to false')
+        if self.checkpointing == "selective" and self.deepspeed.stage == 3:
+            raise ValueError(
+                'checkpointing = "selective" fails under stage 3 of DeepSpeed, which gathers weights inside what is computed again; '
+                'use "full", or stage = 2'
+            )
+        if self.reshard_after_forward is not None:
+            raise ValueError('reshard_after_forward is of runtime = "torch"; DeepSpeed chooses by itself: leave it out')
 
     @property
     def num_stages(self) -> int:

@@ -88,7 +88,7 @@ def alone(device: torch.device) -> World:
 def join_world(device: str = "auto", parallel: ParallelConfig | None = None) -> World:
     """Join the processes that torchrun started, or stand alone. device: "auto" (a GPU where there is one), "cpu" or "cuda".
 
-    Raises ValueError when the axes do not multiply to the number of processes.
+    DeepSpeed needs a process group even alone. Raises ValueError when the axes do not multiply to the number of processes.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -96,10 +96,10 @@ def join_world(device: str = "auto", parallel: ParallelConfig | None = None) -> 
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(target)
-    if size == 1:
+    if size == 1 and parallel.runtime == "torch":
         return alone(target)
     # Workers that torchrun restarts would read the addresses of the dead ones from the old keys: every life has its own prefix.
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT)) if size > 1 else (dist.HashStore(), 0, 1)
     life = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore(life, store), rank=rank, world_size=size, timeout=TIMEOUT)

@@ -25,7 +25,7 @@ MIN_PYTHON, MIN_TORCH, MIN_TRITON = (3, 11), (2, 11), (3, 6)
 INSTALL = "pip install -e . in Smalt's folder"
 ROOMS = ("kernels", "model", "parallel", "profiling", "engine")
 # Optional libraries, each with the extra of Smalt that brings it.
-LIBRARIES = {"flash-attn": "", "liger-kernel": "", "deepspeed": "", "transformers": "bench", "wandb": "wandb"}
+LIBRARIES = {"flash-attn": "", "liger-kernel": "", "deepspeed": "deepspeed", "transformers": "bench", "wandb": "wandb"}
 
 
 @dataclass(frozen=True)

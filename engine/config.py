@@ -161,7 +161,7 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Type of the arithmetic; with bfloat16 weights and optimiser state stay float32 (autocast)."""
+    """Type of the arithmetic; with bfloat16 (autocast) weights are rounded before use, and stay float32, as do gradients and state."""
     preset: str | None = None
     """A model by name instead of the section model."""
     model: ModelConfig = ModelConfig()

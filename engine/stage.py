@@ -27,7 +27,7 @@ from .norms import module_norms, optimizer_norms
 from .objectives import pack_loss
 from .optimizers import build_optimizer, learning_rate, set_learning_rate, trainable_parts
 
-# With bfloat16 the weights stay float32 and autocast does the arithmetic.
+# With bfloat16 the weights stay float32, and are rounded before they are used.
 PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
 

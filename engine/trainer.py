@@ -164,8 +164,8 @@ def dry_run(launch: Launch, world: World) -> str:
 
 
 def whole_model(model: ParallelModel, config: ModelConfig) -> MultimodalModel:
-    """The model itself where one process has it, else a copy with every shard gathered."""
-    if model.world.meshes is None:
+    """The model itself where one process has it as it is, else a copy with every shard gathered."""
+    if model.world.meshes is None and not model.autocast:
         return model.parts[0]
     weights: dict[str, Tensor] = model.full_state()
     with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from smalt.kernels import linear_cross_entropy
@@ -41,7 +42,7 @@ class MultimodalModel(nn.Module):
         expected = tiles.shape[0] * self.config.vision.tokens_per_tile
         if image_index.shape[0] != expected:
             raise ValueError(f"{image_index.shape[0]} image rows for {tiles.shape[0]} tiles; the tiles make {expected} tokens")
-        x = self.language.embedding(tokens)
+        x = residual_stream(self.language.embedding(tokens))
         if tiles.shape[0]:
             return x.index_copy(0, image_index, self.see(tiles).to(x.dtype))
         # A pack without images still runs the tower: on a mesh the collectives of a step are the same on every rank whatever its data.
@@ -55,6 +56,11 @@ class MultimodalModel(nn.Module):
         """The rows of one blank tile with weight 0, of a dtype and a device. Connected to the loss: every weight has a gradient."""
         side = self.config.vision.tile
         return 0.0 * self.see(like.new_zeros(1, 3, side, side))
+
+
+def residual_stream(x: Tensor) -> Tensor:
+    """Embeddings as what blocks add to: in at least fp32 where autocast makes their products narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_autocast_enabled(x.device.type) else x
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -21,7 +21,7 @@ from .mesh import World
 from .part import ModelPart
 from .pipeline import Pipeline
 from .recompute import compile_blocks, recompute_blocks
-from .sharding import shard_part
+from .sharding import round_weights, shard_part
 from .tensor import tensor_parallel
 
 TIED = "language.embedding.weight"
@@ -31,7 +31,8 @@ class ParallelModel:
     """The parts of a model that this rank holds, with initial weights that are the same on every layout.
 
     trainable: the names of the parts (vision, projector, language) that learn; sequence_length: T of every pack; work: of a typical
-    pack, by which the pipeline is cut; autocast: products in bfloat16. Raises ValueError where the model does not fit the layout.
+    pack, by which the pipeline is cut; autocast: weights and products in bfloat16, sums, gradients and what blocks add to in float32.
+    Raises ValueError where the model does not fit the layout.
     """
 
     def __init__(
@@ -68,9 +69,12 @@ class ParallelModel:
             tensor_parallel(part.language, world.meshes.tp)
         recompute_blocks(part, world.parallel)
         compile_blocks(part, world)
+        compute = torch.bfloat16 if self.autocast else None
         if world.meshes is not None:
-            shard_part(part, world)
+            shard_part(part, world, compute)
         part.to_empty(device=world.device)
+        if world.meshes is None and compute:
+            round_weights(part, compute)
         initialize_part(part, seed)
         return part
 

@@ -31,9 +31,9 @@ def pack_loss(nll, shard):
 
 
 def run_layout(case, world):
-    dtype = workload.DTYPES[case["dtype"]]
-    trainable = workload.TRAINABLE[case["trainable"]]
-    model = ParallelModel(workload.make_config(case["variant"]), world, 0, dtype, trainable, workload.LENGTH)
+    dtype, trainable = workload.DTYPES[case["dtype"]], workload.TRAINABLE[case["trainable"]]
+    config, autocast = workload.make_config(case["variant"]), case["dtype"] == "bfloat16"
+    model = ParallelModel(config, world, 0, dtype, trainable, workload.LENGTH, autocast=autocast)
     optimizer = workload.make_optimizer(p for _, p in model.named_parameters())
     result = {"loss": [], "norm": [], "clipped": [], "initial": {n: p.clone() for n, p in model.full_state().items()}}
     for step, packs in enumerate(workload.make_steps(case["variant"], dtype)):

@@ -151,6 +151,47 @@ def kernels(
     raise SystemExit(bench_kernels(out or RESULTS, only, quick, write_docs, measure, seconds))
 
 
+@bench.command
+def checkpoint(
+    config: Path | None = None,
+    disk: Path = Path("runs"),
+    rounds: int = 12,
+    steps: int = 2,
+    step_seconds: float = 1.0,
+    threads: int = 1,
+) -> None:
+    """Measure what a save costs training: the same steps with and without one in progress, in turns, on the CPU.
+
+    Args:
+        config: Config whose model is used; one of 16 million parameters when not given.
+        disk: Folder on the disk to write to; what is written is removed.
+        rounds: Times that both take their turn.
+        steps: Steps of a turn; a save should end within them.
+        step_seconds: What a step takes at least; the pack is made as long as that needs.
+        threads: Threads of torch. The writing thread wants a core beside them.
+    """
+    import tempfile
+
+    import torch
+
+    from smalt.parallel import World
+    from smalt.profiling.bench_checkpoint import SIZES, bench_checkpoint, print_report
+
+    from .checkpoints import CheckpointWriter, training_tensors
+    from .config import load_config
+
+    def failed(message: str) -> None:
+        raise UserError(message)
+
+    disk.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=disk) as folder:
+        writer = CheckpointWriter(Path(folder), 1, World(0, 1, torch.device("cpu"), None), failed)
+        sizes = load_config(config).model if config else SIZES
+        print_report(
+            bench_checkpoint(sizes, writer, training_tensors, rounds=rounds, steps=steps, step_seconds=step_seconds, threads=threads)
+        )
+
+
 @compiled.command
 def check(
     kernel: str | None = None,

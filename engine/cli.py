@@ -1,4 +1,4 @@
-"""The ``smalt`` command: generate and evaluate from a run, write data, look at the machine, measure."""
+"""The ``smalt`` command: generate, evaluate and export from a run, write data, look at the machine, measure."""
 
 from __future__ import annotations
 
@@ -67,6 +67,26 @@ def evaluate(folder: RunDir, questions: int | None = None) -> None:
     from .inference import evaluate_run
 
     evaluate_run(folder, questions)
+
+
+@app.command
+def export(
+    folder: RunDir, out: Path, step: int | None = None, dtype: Literal["bfloat16", "float32"] | None = None, shard_size: float = 5.0
+) -> None:
+    """Write the weights of a run as Hugging Face style safetensors files, with config.json and tokenizer.json beside them.
+
+    Args:
+        folder: Folder of the run.
+        out: New folder to write to.
+        step: Step of the checkpoint; the newest whole one when not given.
+        dtype: Type of the weights; as in the checkpoint when not given.
+        shard_size: Gigabytes (1e9 bytes) of a file at most.
+    """
+    from .export import export_run
+
+    done = export_run(folder, out, step, dtype, shard_size)
+    files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
+    print(f"{out}: {done.num_tensors} tensors of step {done.checkpoint.step}, {done.size:,} bytes in {files}")
 
 
 @data.command

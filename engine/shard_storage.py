@@ -79,7 +79,8 @@ def save_snapshot(snapshot: Snapshot, folder: Path, rank: int, group: dist.Proce
     snapshot.wait()
     storage = _ShardStorage(snapshot, folder, rank, commit)
     planner = _SnapshotPlanner(snapshot)
-    dcp.save(dict(snapshot.copies), storage_writer=storage, planner=planner, process_group=group, no_dist=group is None)
+    # The planner knows what to save. A dict given here would only be walked through and logged, tensor by tensor.
+    dcp.save({}, storage_writer=storage, planner=planner, process_group=group, no_dist=group is None)
 
 
 class _SnapshotPlanner(dcp.DefaultSavePlanner):

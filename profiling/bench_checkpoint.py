@@ -153,13 +153,13 @@ def print_report(result: dict[str, Any]) -> None:
         f"{result['parameters']:,} parameters, {size:,.0f} MiB a checkpoint, packs of {setting['tokens']} tokens, "
         f"{setting['threads']} threads of torch\n"
         f"a save with nothing beside it takes {result['save_alone']:.2f} s, {size / result['save_alone']:,.0f} MiB/s\n"
-        f"blocks of {setting['steps']} steps, with a save beside them and without, in turns; seconds\n"
+        f"blocks of {setting['steps']} steps, with a save beside them and without, in turns; seconds a step, and what a save costs\n"
     )
-    table = Table("round", "step", "step beside a save", "the call", "a save costs in all", "share of a step", box=None)
+    table = Table("", "step", "beside a save", "the call", "lost in all", "of a step", box=None)
     for number, row in enumerate(rows, 1):
-        table.add_row(str(number), *_cells([row[key]] for key in _COLUMNS))
-    table.add_row("median", *_cells(np.quantile([row[key] for row in rows], (0.5,)) for key in _COLUMNS))
-    table.add_row("quartiles", *_cells(np.quantile([row[key] for row in rows], (0.25, 0.75)) for key in _COLUMNS))
+        table.add_row(f"round {number}", *_cells(row))
+    for name, share in (("quartile", 0.25), ("median", 0.5), ("quartile", 0.75)):
+        table.add_row(name, *_cells({key: float(np.quantile([row[key] for row in rows], share)) for key in _COLUMNS}))
     console.print(table)
     shares = np.quantile([row["call_share"] for row in rows], (0.25, 0.5, 0.75))
     console.print(f"\nthe call alone is {shares[1]:.1%} ({shares[0]:.1%} to {shares[2]:.1%}) of a step")
@@ -170,6 +170,5 @@ def print_report(result: dict[str, Any]) -> None:
 _COLUMNS = ("step", "step_beside_save", "call", "lost", "lost_share")
 
 
-def _cells(columns: Any) -> list[str]:
-    shown = zip(_COLUMNS, columns, strict=True)
-    return [" to ".join(f"{v:.1%}" if key == "lost_share" else f"{v:.3f}" for v in values) for key, values in shown]
+def _cells(row: dict[str, float]) -> list[str]:
+    return [f"{row[key]:.1%}" if key == "lost_share" else f"{row[key]:.3f}" for key in _COLUMNS]

@@ -1,4 +1,4 @@
-"""The ``smalt`` command: generate and evaluate from a run, write data, look at the machine, measure."""
+"""The ``smalt`` command: generate, evaluate and export from a run, write data, look at the machine, measure."""
 
 from __future__ import annotations
 
@@ -67,6 +67,26 @@ def evaluate(folder: RunDir, questions: int | None = None) -> None:
     from .inference import evaluate_run
 
     evaluate_run(folder, questions)
+
+
+@app.command
+def export(
+    folder: RunDir, out: Path, step: int | None = None, dtype: Literal["bfloat16", "float32"] | None = None, shard_size: float = 5.0
+) -> None:
+    """Write the weights of a run as Hugging Face style safetensors files, with config.json and tokenizer.json beside them.
+
+    Args:
+        folder: Folder of the run.
+        out: New folder to write to.
+        step: Step of the checkpoint; the newest whole one when not given.
+        dtype: Type of the weights; as in the checkpoint when not given.
+        shard_size: Gigabytes (1e9 bytes) of a file at most.
+    """
+    from .export import export_run
+
+    done = export_run(folder, out, step, dtype, shard_size)
+    files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
+    print(f"{out}: {done.num_tensors} tensors of step {done.checkpoint.step}, {done.size:,} bytes in {files}")
 
 
 @data.command
@@ -194,6 +214,47 @@ def overlap(rounds: int = 5, steps: int = 2, json: Path | None = None, traces: P
     print_report(result)
     if json is not None:
         json.write_text(dumps(result, indent=2) + "\n")
+
+
+@bench.command
+def checkpoint(
+    config: Path | None = None,
+    disk: Path = Path("runs"),
+    rounds: int = 12,
+    steps: int = 2,
+    step_seconds: float = 1.0,
+    threads: int = 1,
+) -> None:
+    """Measure what a save costs training: the same steps with and without one in progress, in turns, on the CPU.
+
+    Args:
+        config: Config whose model is used; one of 16 million parameters when not given.
+        disk: Folder on the disk to write to; what is written is removed.
+        rounds: Times that both take their turn.
+        steps: Steps of a turn; a save should end within them.
+        step_seconds: What a step takes at least; the pack is made as long as that needs.
+        threads: Threads of torch. The writing thread wants a core beside them.
+    """
+    import tempfile
+
+    import torch
+
+    from smalt.parallel import alone
+    from smalt.profiling.bench_checkpoint import SIZES, bench_checkpoint, print_report
+
+    from .checkpoints import CheckpointWriter, training_tensors
+    from .config import load_config
+
+    def failed(message: str) -> None:
+        raise UserError(message)
+
+    disk.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=disk) as folder:
+        writer = CheckpointWriter(Path(folder), 1, alone(torch.device("cpu")), failed)
+        sizes = load_config(config).model if config else SIZES
+        print_report(
+            bench_checkpoint(sizes, writer, training_tensors, rounds=rounds, steps=steps, step_seconds=step_seconds, threads=threads)
+        )
 
 
 @compiled.command

@@ -10,12 +10,17 @@ import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+# The keys, in the metadata of a safetensors file, under which torch's HuggingFaceStorageReader finds where in the whole tensor
+# a piece begins. The reader is public; the words of the format that it reads are not.
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY as PIECES_KEY
+from torch.distributed.checkpoint._hf_utils import SAVED_OFFSETS_KEY as OFFSETS_KEY
 from torch.distributed.fsdp import FSDPModule
 
 # How FSDP2 marks a dim that tensor parallelism has cut before it.
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
-__all__ = ["StridedShard"]
+__all__ = ["OFFSETS_KEY", "PIECES_KEY", "StridedShard"]
 
 # From 2.12 on; before, the names without "single". They return at once and wait where their result is first used.
 _all_gather: Any = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd

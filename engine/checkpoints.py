@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from smalt.model import ModelConfig
+from smalt.model import ModelConfig, MultimodalModel
 from smalt.parallel import ParallelModel, World
 
 from .errors import UserError
@@ -168,7 +168,7 @@ def load_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
         raise UserError(f"checkpoint {checkpoint.path} cannot be loaded: {_root_cause(error)}") from error
 
 
-def training_tensors(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def training_tensors(model: ParallelModel | MultimodalModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights as ``model.NAME``, and the optimiser's state as ``optimizer.STATE.NAME``, made now where no step was taken yet."""
     names = {p: n for n, p in model.named_parameters()}
     return {**{f"model.{n}": p.data for p, n in names.items()}, **optimizer_tensors(optimizer, names)}

@@ -139,6 +139,21 @@ def trace(
         plot_overlap(traces, report, plot)
 
 
+@app.command
+def memory(write: bool = False) -> None:
+    """What a rank holds, by model and layout: weights, gradients, optimiser state, gathered weights, inputs of blocks.
+
+    Args:
+        write: Put the table into docs/parallel.md.
+    """
+    from smalt.profiling.memory import memory_table, print_memory, write_docs
+
+    rows = memory_table()
+    print_memory(rows)
+    if write:
+        write_docs(rows)
+
+
 @bench.command
 def cpu(
     config: Path = Path("configs/digits.toml"),

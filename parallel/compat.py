@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +70,19 @@ def enable_async_tp(group: ProcessGroup) -> None:
 def scale_gradients(gradients: list[Tensor], factor: float) -> None:
     """Multiply all of them in place (``_foreach_mul_``)."""
     torch._foreach_mul_(gradients, factor)
+
+
+@contextmanager
+def fake_process_group(rank: int, size: int) -> Iterator[None]:
+    """A default process group of any size in one process, whose collectives do nothing (``FakeStore``), for what is only counted."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def set_unshard_async(model: torch.nn.Module, on: bool) -> None:

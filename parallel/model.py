@@ -75,7 +75,8 @@ class ParallelModel:
         part.to_empty(device=world.device)
         if world.meshes is None and compute:
             round_weights(part, compute)
-        initialize_part(part, seed)
+        if world.device.type != "meta":
+            initialize_part(part, seed)
         return part
 
     def _group_of_tied(self) -> dist.ProcessGroup | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,12 +21,41 @@ from torch.distributed.fsdp import FSDPModule
 # How FSDP2 marks a dim that tensor parallelism has cut before it.
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
+import smalt.kernels  # noqa: F401 - registers its operators
+
 __all__ = ["OFFSETS_KEY", "PIECES_KEY", "StridedShard"]
 
 # From 2.12 on; before, the names without "single". They return at once and wait where their result is first used.
 _all_gather: Any = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 _reduce_scatter: Any = getattr(collectives, "reduce_scatter_single_autograd", None) or collectives.reduce_scatter_tensor_autograd
 _all_to_all: Any = collectives.all_to_all_single_autograd
+
+
+# Operators whose results selective activation checkpointing keeps: products, attention, exchanges.
+_aten, _exchange = torch.ops.aten, torch.ops._c10d_functional
+DEAR = {
+    _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default, _aten._scaled_dot_product_flash_attention.default,
+    torch.ops.smalt.attention.default, _exchange.reduce_scatter_tensor.default, _exchange.all_to_all_single.default,
+}  # fmt: skip
+
+
+def read_parameters(module: torch.nn.Module, view: Callable[[torch.nn.Parameter], Tensor]) -> None:
+    """Give the module a class of its own, in which its own parameters read as a view of them (``Module._parameters``).
+
+    ``named_parameters`` and what registers parameters still see them as they are.
+    """
+
+    def reading(name: str) -> property:
+        def read(self: torch.nn.Module) -> Tensor | None:
+            parameter = self._parameters[name]
+            return None if parameter is None else view(parameter)
+
+        return property(read)
+
+    if module._parameters:
+        members = {name: reading(name) for name in module._parameters}
+        module.__class__ = type(module.__class__.__name__, (module.__class__,), members)
 
 
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -89,6 +89,23 @@ class OptimizerConfig(Section):
     """Steps in a row with a non-finite loss or gradient, each skipped, after which the run stops."""
 
 
+class SpikesConfig(Section):
+    enabled: bool = False
+    """Skip the updates of loss spikes, and go back to a checkpoint when they do not end."""
+    window: int = Field(128, ge=16)
+    """Steps that a step is compared with; the first ones of a stage are not judged."""
+    sigmas: float = Field(6.0, gt=0, allow_inf_nan=False)
+    """Robust standard deviations above the median at which the loss, or the logarithm of the gradient norm, is a spike."""
+    skips: int = Field(4, ge=1)
+    """Spikes in a row after which the weights go back to a checkpoint; the data goes on."""
+    raised: int = Field(64, ge=2)
+    """Steps in a row with a loss above half of that limit after which they go back too."""
+    rollback_steps: int = Field(100, ge=0)
+    """Steps by which the checkpoint must be older than the first of them."""
+    max_rollbacks: int = Field(3, ge=0)
+    """Times that a stage may go back; then the run stops."""
+
+
 class CheckpointConfig(Section):
     every: int = Field(500, ge=1)
     """Steps between checkpoints; one is also written at the end of the run."""
@@ -145,6 +162,8 @@ class RunConfig(Section):
     """The phases of training, in order."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW."""
+    spikes: SpikesConfig = SpikesConfig()
+    """Loss spikes."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
     evaluation: EvaluationConfig = EvaluationConfig()

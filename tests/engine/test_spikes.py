@@ -86,6 +86,13 @@ def test_the_limit_is_counted_from_the_median_in_robust_deviations():
         assert rule.see(18, 2.0 + above * LEAST_LOSS * 2.0, 1.0).action == action
 
 
+def test_spikes_are_no_measure():
+    rule, step = filled()
+    before = rule.state()
+    assert actions(rule, [(50.0, 1.0), (2.5, 1e9)], step) == ["skip", "skip"]
+    assert rule.state() == {**before, "losses": before["losses"], "skipped": 2}
+
+
 def test_spikes_in_a_row_go_back():
     rule, step = filled()
     verdicts = [rule.see(step + i, 50.0, 1.0) for i in range(3)]
@@ -133,9 +140,12 @@ def test_without_a_checkpoint_the_new_level_is_learnt():
 
 
 @settings(deadline=None)
-@given(seeds, st.integers(0, 120), st.sets(st.integers(20, 119), max_size=30))
-def test_a_resumed_run_decides_alike(seed, at, spikes):
+@given(seeds, st.integers(0, 120), st.sets(st.integers(20, 119), max_size=30), st.integers(-10, 3))
+def test_a_resumed_run_decides_alike(seed, at, spikes, near):
+    # Spikes anywhere, and near the stop a loss that is four deviations up, long enough for a rollback.
+    plateau = min(max(at + near, 20), 100)
     run = [(loss + 100 * (i in spikes), norm) for i, (loss, norm) in enumerate(noisy(seed, 120))]
+    run[plateau : plateau + SMALL.raised] = [(2.7, 1.0)] * SMALL.raised
     whole, first = SpikeRule(SMALL), SpikeRule(SMALL)
     expected = [whole.see(i, *values) for i, values in enumerate(run)]
     before = [first.see(i, *values) for i, values in enumerate(run[:at])]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from smalt.parallel.compat import record_collectives
-from smalt.parallel.watchdog import Watchdog, group_timeout
+from smalt.parallel.watchdog import GRACE, Watchdog, group_timeout
 
 LIMIT = timedelta(seconds=2)
 # The rank that does wrong.
@@ -68,6 +68,8 @@ class Fault:
     def freezes(self):
         if self.culprit:
             with self.watchdog.pause("a save"):
+                # Long enough that the others know of the pause.
+                read_slowly(1)
                 os.kill(os.getpid(), signal.SIGSTOP)
         self.healthy()
 
@@ -101,19 +103,20 @@ class Fault:
 
 
 def slow(fault, step):
-    """Legitimate slowness, each longer than the limit."""
+    """Legitimate slowness, each time longer than the limit and the grace after it."""
+    seconds = LIMIT.total_seconds() + GRACE + 2
     if step == 0 and fault.culprit:
-        read_slowly(3)
+        read_slowly(seconds)
     if step == 2:
-        for _ in range(10):
+        for _ in range(20):
             if fault.culprit:
-                read_slowly(0.4)
+                read_slowly(seconds / 20)
             fault.healthy()
     if step == 4 and fault.culprit:
         with fault.watchdog.pause("evaluation"):
-            read_slowly(5)
+            read_slowly(seconds)
     if step == 6:
-        read_slowly(4)
+        read_slowly(seconds)
 
 
 def train(name, watchdog, mesh, rank):

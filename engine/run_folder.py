@@ -11,6 +11,7 @@ from typing import Any
 from .config import RunConfig, parse_config
 from .data.stream import SkippedSample
 from .errors import UserError
+from .spikes import SPIKES
 
 CONFIG, METRICS, SKIPPED, EVALUATION, PLOT, CHECKPOINTS = (
     "config.json", "metrics.jsonl", "skipped.jsonl", "evaluation.json", "evaluation.png", "checkpoints",
@@ -59,7 +60,7 @@ class RunFolder:
         if resume_step is None:
             (path / CONFIG).write_text(config.model_dump_json(indent=1))
         else:
-            for name in (METRICS, SKIPPED):
+            for name in (METRICS, SKIPPED, SPIKES):
                 _drop_after(path / name, resume_step)
         self.metrics = (path / METRICS).open("a")
         self.skipped = (path / SKIPPED).open("a")

@@ -36,7 +36,7 @@ FIRST_STEP = 3.0
 # Seconds that a rank may take to answer an alarm; a process that says nothing for so long is called silent.
 GRACE = 6.0
 # A heart beats so often within the limit, at least every LONGEST_TICK seconds.
-TICKS, LONGEST_TICK = 20, 5.0
+TICKS, LONGEST_TICK = 20, 2.0
 # Seconds that a heart may wait for the store.
 STORE_TIMEOUT = timedelta(seconds=10)
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalt.engine.config import SpikesConfig
+from smalt.engine.config import SpikesConfig, parse_config
+from smalt.engine.run_folder import RunFolder
 from smalt.engine.spikes import LEAST_LOG_NORM, LEAST_LOSS, SampleId, SpikeRule, Verdict, rollback_target, write_spike
 
 DEFAULT = SpikesConfig(enabled=True)
@@ -198,6 +199,13 @@ def test_samples_are_named(tmp_path):
         "samples": [{"source": "read", "record": 17, "position": 3021}, {"source": "sum", "record": 4, "position": 3022}],
     }  # fmt: skip
     assert second["samples"] == []
+
+
+def test_a_resumed_run_forgets_what_was_written_after_its_checkpoint(tmp_path, tiny_values):
+    for step in (3, 5, 6):
+        write_spike(tmp_path, step, Verdict("skip", "high"), 9.0, 30.0, [])
+    RunFolder(tmp_path, parse_config(tiny_values(), "config"), True, resume_step=5).close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "spikes.jsonl").read_text().splitlines()] == [3, 5]
 
 
 @pytest.mark.parametrize("field", ["window", "sigmas", "skips", "raised"])

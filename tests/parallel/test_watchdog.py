@@ -173,10 +173,14 @@ def test_a_rank_that_dies(run, report):
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails(run, report):
+def test_a_rank_that_fails(run, tmp_path):
+    # Its connections close when its process is gone; where that takes longer than the limit, the others call it a stall.
     codes, _ = run("raises").wait()
-    assert codes == [1] * SIZE
-    assert f"rank 1, failed with ValueError: bad tile: in step 3 at {inside('raises', 'raise ')}" in report()
+    text = (tmp_path / "run" / "stalls.txt").read_text()
+    assert codes[1] == 1
+    assert {codes[0], codes[2]} <= {1, STALLED}
+    assert f"rank 1, failed with ValueError: bad tile: in step 3 at {inside('raises', 'raise ')}" in text
+    assert f"in step 3 at {EXCHANGE}" in text
 
 
 @pytest.mark.slow

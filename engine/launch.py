@@ -6,19 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
 import tyro
 
 from smalt.model import PRESETS
-from smalt.parallel import World, join_world
+from smalt.parallel import Watchdog, World, join_world
 
 from .checkpoints import Checkpoint, check_architecture, latest_checkpoint
 from .config import RunConfig, load_config, parse_config
 from .errors import UserError
-from .run_folder import CHECKPOINTS, latest_run, new_run, read_config
+from .run_folder import CHECKPOINTS, STALLS, latest_run, new_run, read_config
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.toml"
 _USAGE = """\
@@ -78,20 +77,19 @@ def join(config: RunConfig) -> World:
         raise UserError(str(error)) from error
 
 
+def watch(world: World, folder: Path) -> Watchdog:
+    """A watchdog over the run, that knows the axes by name."""
+    limit = timedelta(seconds=world.parallel.watchdog_seconds)
+    watchdog = Watchdog(world.rank, world.size, limit, world.store, folder / STALLS)
+    for axis, group in world.groups.items():
+        watchdog.name_group(group, axis)
+    return watchdog
+
+
 def agree_on_folder(launch: Launch, world: World) -> Launch:
     """The launch with the folder of the first process, each made the name of its own from the time, and with the checkpoint that the
     first process has verified. Raises UserError on every process when there is none, or when it is of another architecture."""
-    answer: list[Any] = [None, None, None]
-    if world.is_main:
-        try:
-            answer = [launch.folder, _checkpoint(launch), None]
-        except UserError as error:
-            answer[2] = error
-    if world.meshes is not None:
-        dist.broadcast_object_list(answer, src=0)
-    folder, checkpoint, refusal = answer
-    if refusal is not None:
-        raise refusal
+    folder, checkpoint = world.agree(lambda: (launch.folder, _checkpoint(launch)))
     return replace(launch, folder=folder, checkpoint=checkpoint)
 
 

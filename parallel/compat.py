@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import importlib
+import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -104,7 +107,6 @@ def scale_gradients(gradients: list[Tensor], factor: float) -> None:
 @contextmanager
 def fake_process_group(rank: int, size: int) -> Iterator[None]:
     """A default process group of any size in one process, whose collectives do nothing (``FakeStore``), for what is only counted."""
-    import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
@@ -124,15 +126,30 @@ def set_unshard_async(model: torch.nn.Module, on: bool) -> None:
         model._set_unshard_async_op(on)
 
 
-def flight_records() -> list[dict[str, Any]]:
-    """What gloo's flight recorder holds (``torch._C._distributed_c10d._dump_fr_trace_json``): the newest launches of this process.
+def record_collectives() -> None:
+    """Ask torch to record collectives; call before the process group is made. A size that the user set stays."""
+    # TORCH_FR_BUFFER_SIZE, entries of the flight recorder, has had different defaults; 0 turns it off.
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
 
-    Of each: record_id, profiling_name ("gloo:all_gather"), process_group (name, description), time_created_ns (Unix time),
-    input_sizes, output_sizes, input_dtypes. It holds TORCH_FR_BUFFER_SIZE of them, 2000 by default; send and recv are not among
-    them. The profiler says nothing of process groups where the backend is gloo, so this is where they come from.
+
+def recorded_collectives(stacks: bool) -> list[dict[str, Any]]:
+    """The newest collectives of this process as torch's flight recorders have them, oldest first; empty where nothing is recorded.
+
+    stacks: with the Python frames that issued each, innermost first, under ``frames``; the first such call imports torch._inductor.
     """
-    import torch._C._distributed_c10d as c10d
+    # _dump_fr_trace: the recorder of gloo; _dump_nccl_trace: NCCL's own, in builds that have NCCL. Their JSON forms have no frames.
+    # What they return is a pickle of plain lists and numbers that this process has just made.
+    c10d = importlib.import_module("torch._C._distributed_c10d")
+    entries: list[dict[str, Any]] = []
+    for name in ("_dump_fr_trace", "_dump_nccl_trace"):
+        dump = getattr(c10d, name, None)
+        if dump is not None:
+            entries += pickle.loads(dump(True, stacks, False)).get("entries", [])
+    return entries
 
-    # The stubs of torch lack it.
-    dump: Any = getattr(c10d, "_dump_fr_trace_json")  # noqa: B009
-    return json.loads(dump(True, False)).get("entries", [])
+
+def own_connection(store: dist.Store) -> dist.Store:
+    """A second connection to the same store: a call that blocks on the first does not block it."""
+    # clone is public, but torch's type stubs lack it.
+    return store.clone()  # type: ignore[attr-defined]

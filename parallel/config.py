@@ -47,6 +47,8 @@ class ParallelConfig(BaseModel):
     """torch.compile of every block."""
     memory_budget: float | None = Field(None, ge=0, le=1)
     """With compile: share of a block's activations that is kept, the rest is computed again; torch chooses which."""
+    watchdog_seconds: float = Field(300, ge=0)
+    """Seconds without the end of a step, while a collective waits, after which the run ends and says which and where; 0: never."""
     async_tp: bool = False
     """With compile, on GPUs whose links allow it: collectives of tp inside the products beside them (symmetric memory)."""
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .compat import record_collectives
 from .config import AXES, ParallelConfig
+from .watchdog import group_timeout
 
+# Of process groups, where no watchdog speaks earlier.
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -34,13 +39,16 @@ class Meshes:
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. parallel: the sizes of the axes; meshes: None for a single process, which needs no process group."""
+    """This process among all. parallel: the sizes of the axes; meshes: None for a single process, which needs no process group;
+    store: the key-value store of this life of the processes; timeout: of process groups."""
 
     rank: int
     size: int
     device: torch.device
     parallel: ParallelConfig
     meshes: Meshes | None
+    store: dist.Store | None = None
+    timeout: timedelta = TIMEOUT
 
     @property
     def is_main(self) -> bool:
@@ -73,6 +81,21 @@ class World:
         meshes = (self.meshes.vision, self.meshes.tiles, self.meshes.weights, self.meshes.cp, self.meshes.tp, self.meshes.pp)
         return {name: mesh.get_group(name) for mesh in meshes for name in mesh.mesh_dim_names or ()}
 
+    def agree(self, decide: Callable[[], Any]) -> Any:
+        """What the main process decides, on every rank; what it raises is raised by all."""
+        if self.meshes is None:
+            return decide()
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = decide()
+            except Exception as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in place, the same bits on each."""
         if self.meshes is not None:
@@ -102,8 +125,12 @@ def join_world(device: str = "auto", parallel: ParallelConfig | None = None) -> 
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     life = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore(life, store), rank=rank, world_size=size, timeout=TIMEOUT)
-    return World(rank, size, target, parallel, build_meshes(parallel, kind))
+    record_collectives()
+    watched = timedelta(seconds=parallel.watchdog_seconds)
+    timeout = group_timeout(watched) if watched else TIMEOUT
+    own = dist.PrefixStore(life, store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
+    return World(rank, size, target, parallel, build_meshes(parallel, kind), own, timeout)
 
 
 def build_meshes(parallel: ParallelConfig, kind: str) -> Meshes:

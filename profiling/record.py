@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from smalt.parallel.compat import flight_records
+from smalt.parallel.compat import recorded_collectives
 
 STEP = "smalt step "
 """A recorded step is an annotation of this name and its number."""
@@ -121,7 +121,7 @@ class TraceRecorder:
         """Take the new launches from gloo's flight recorder, which keeps only the newest of all."""
         if not dist.is_initialized() or torch.cuda.is_initialized():
             return
-        for entry in flight_records():
+        for entry in recorded_collectives(stacks=False):
             if entry["time_created_ns"] >= self.since_ns:
                 group, description = entry["process_group"]
                 sizes = max(_elements(entry["input_sizes"]), _elements(entry["output_sizes"]))

@@ -19,6 +19,7 @@ from .watchdog import group_timeout
 
 # Of process groups, where no watchdog speaks earlier.
 TIMEOUT = timedelta(minutes=10)
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,11 @@ def join_world(device: str = "auto", parallel: ParallelConfig | None = None) -> 
     # Workers that torchrun restarts would read the addresses of the dead ones from the old keys: every life has its own prefix.
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     life = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     record_collectives()
     watched = timedelta(seconds=parallel.watchdog_seconds)
     timeout = group_timeout(watched) if watched else TIMEOUT
     own = dist.PrefixStore(life, store)
-    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(BACKENDS[kind], store=own, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, target, parallel, build_meshes(parallel, kind), own, timeout)
 
 
@@ -137,9 +137,13 @@ def build_meshes(parallel: ParallelConfig, kind: str) -> Meshes:
     """The meshes over all processes of the default group. kind: "cpu" or "cuda"."""
     pp, dp, fsdp, cp, tp = (getattr(parallel, axis) for axis in AXES)
 
-    # Each view is a mesh of its own over all ranks: slices of a flattened axis are private to torch, and about to go.
+    # Each view is a mesh of its own over all ranks: slices of a flattened axis are private to torch, and about to go. The backend is
+    # named so that an axis over all ranks has a group of its own: in one group, weights and keys on their way would wait for each other.
+    backend = "fake" if dist.get_backend() == "fake" else BACKENDS[kind]
+
     def view(**axes: int) -> DeviceMesh:
-        return init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        backends: dict[int | str, Any] = dict.fromkeys(axes, backend)
+        return init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes), backend_override=backends)
 
     def shards(mesh: DeviceMesh, axis: str) -> DeviceMesh:
         return mesh["dp", axis] if dp > 1 else mesh[axis]

@@ -71,6 +71,9 @@ def test_figures_of_one_process(layout, run):
     assert any(key.startswith("norms/state/exp_avg/language.blocks.3") for key in want[4])
     assert any(key.startswith("validation_loss") for key in want[3])
     assert_same(figures(run(layout)), want)
+    # The same order, packing and cursor: what a loader goes on from.
+    states = [json.loads((run(name) / "checkpoints" / "step-00000007" / "state.json").read_text()) for name in (layout, None)]
+    assert states[0]["loader"] == states[1]["loader"]
 
 
 @pytest.mark.slow

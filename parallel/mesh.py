@@ -137,8 +137,8 @@ def build_meshes(parallel: ParallelConfig, kind: str) -> Meshes:
     """The meshes over all processes of the default group. kind: "cpu" or "cuda"."""
     pp, dp, fsdp, cp, tp = (getattr(parallel, axis) for axis in AXES)
 
-    # Each view is a mesh of its own over all ranks: slices of a flattened axis are private to torch, and about to go. The backend is
-    # named so that an axis over all ranks has a group of its own: in one group, weights and keys on their way would wait for each other.
+    # Each view is a mesh of its own over all ranks: slices of a flattened axis are private to torch, and about to go. Backends are
+    # named so that an axis over all ranks has a group of its own: in one group weights and keys would wait for each other.
     backend = "fake" if dist.get_backend() == "fake" else BACKENDS[kind]
 
     def view(**axes: int) -> DeviceMesh:

@@ -60,17 +60,11 @@ class ParallelConfig(BaseModel):
             raise ValueError(f"memory_budget and checkpointing = {self.checkpointing!r} both choose what is kept; use one")
         if self.async_tp and not (self.compile and self.tp > 1):
             raise ValueError("async_tp needs compile = true and tp above 1")
-        if self.schedule == "zero_bubble" and self.pp > 1:
-            if self.reshard_after_forward:
-                raise ValueError(
-                    'schedule "zero_bubble" with reshard_after_forward = true loses gradients: the weights\' half of backward would '
-                    "meet weights that were given up; leave reshard_after_forward out"
-                )
-            if self.checkpointing != "none":
-                raise ValueError(
-                    f'schedule "zero_bubble" with checkpointing = {self.checkpointing!r}: backward comes in halves, and what was '
-                    'computed again for the first is gone in the second; use another schedule, or checkpointing = "none"'
-                )
+        if self.schedule == "zero_bubble" and self.pp > 1 and self.reshard_after_forward:
+            raise ValueError(
+                'schedule "zero_bubble" with reshard_after_forward = true loses gradients: the weights\' half of backward would '
+                "meet weights that were given up; leave reshard_after_forward out"
+            )
         return self
 
     @property

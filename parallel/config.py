@@ -65,6 +65,11 @@ class ParallelConfig(BaseModel):
                 'schedule "zero_bubble" with reshard_after_forward = true loses gradients: the weights\' half of backward would '
                 "meet weights that were given up; leave reshard_after_forward out"
             )
+        if self.schedule == "zero_bubble" and self.pp > 1 and self.checkpointing == "selective":
+            raise ValueError(
+                'schedule "zero_bubble" with checkpointing = "selective": backward comes in halves, and torch gives what it kept out once; '
+                'use checkpointing = "full" or "none", or another schedule'
+            )
         return self
 
     @property

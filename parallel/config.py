@@ -67,8 +67,8 @@ class ParallelConfig(BaseModel):
             )
         if self.schedule == "zero_bubble" and self.pp > 1 and self.checkpointing == "selective":
             raise ValueError(
-                'schedule "zero_bubble" with checkpointing = "selective": backward comes in halves, and torch gives what it kept out once; '
-                'use checkpointing = "full" or "none", or another schedule'
+                'schedule "zero_bubble" with checkpointing = "selective": backward comes in halves, and torch gives out what it kept '
+                'once; use checkpointing = "full" or "none", or another schedule'
             )
         return self
 

@@ -213,7 +213,7 @@ def kernels(
 
 @bench.command
 def overlap(rounds: int = 5, steps: int = 2, json: Path | None = None, traces: Path | None = None) -> None:
-    """Which collectives of sharded data parallel overlap with compute, and how long the rest take, with and without prefetch.
+    """Which collectives of sharded data parallel and of context parallel overlap with compute, and how long the rest take.
 
     Args:
         rounds: Times that all contestants take their turn.

@@ -32,6 +32,9 @@ __all__ = ["OFFSETS_KEY", "PIECES_KEY", "StridedShard"]
 _all_gather: Any = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 _reduce_scatter: Any = getattr(collectives, "reduce_scatter_single_autograd", None) or collectives.reduce_scatter_tensor_autograd
 _all_to_all: Any = collectives.all_to_all_single_autograd
+# The operators below them launch in one call and wait in another, in compiled code too. The backward pass of the functions above
+# waits in the node that launches, so that nothing can be computed meanwhile.
+_operators: Any = torch.ops._c10d_functional
 
 
 # Operators whose results selective activation checkpointing keeps: products, attention, exchanges.
@@ -74,6 +77,21 @@ def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
 def all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: ProcessGroup) -> Tensor:
     """Rows of x to other ranks, ``send[r]`` of them to rank r, and ``receive[r]`` from it, in order; backward sends gradients back."""
     return _all_to_all(x.contiguous(), list(receive), list(send), group)
+
+
+def launch_all_gather(x: Tensor, group_name: str, size: int) -> Tensor:
+    """:func:`all_gather` without a gradient, under way: what it returns may be read after :func:`finish`."""
+    return _operators.all_gather_into_tensor(x.contiguous(), size, group_name)
+
+
+def launch_reduce_scatter(x: Tensor, group_name: str, size: int) -> Tensor:
+    """:func:`reduce_scatter` without a gradient, under way: what it returns may be read after :func:`finish`."""
+    return _operators.reduce_scatter_tensor(x.contiguous(), "sum", size, group_name)
+
+
+def finish(launched: Tensor) -> Tensor:
+    """The same tensor when its collective is done; on a GPU the stream waits, not the host."""
+    return _operators.wait_tensor(launched)
 
 
 def set_memory_budget(share: float) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import faults
+import recording
 import torch
 import torch.distributed as dist
 import workload
@@ -80,7 +81,7 @@ def run_case(case, rank):
     try:
         world = World(rank, size, torch.device("cpu"), parallel, build_meshes(parallel, "cpu"))
         with faults.planted(case["fault"]):
-            return run_layout(case, world)
+            return recording.run_steps(case, world) if "steps" in case else run_layout(case, world)
     finally:
         dist.destroy_process_group()
 

@@ -169,7 +169,7 @@ def print_report(result: dict[str, Any]) -> None:
         keys = ("shared_seconds", "replicated_seconds", "seconds_ratio", "cpu_seconds_ratio")
         measured.add_row(f"{row['axis']} {setting['processes']}", *(_spread(row[k]) for k in keys), f"{row['flops_ratio']:.2f}")
     console.print(measured)
-    names = ("tiles", "image rows", "vision", *(f"cp {n}" for n in PAPER_CP))
+    columns = ("tiles", "image rows", "vision", *(f"cp {n}" for n in PAPER_CP))
     ratios = Table(
         "documents of", *(Column(n, justify="right") for n in names), title=f"ratio of FLOPs, {PAPER}, {PAPER_TOKENS:,} tokens"
     )

@@ -272,6 +272,27 @@ def checkpoint(
         )
 
 
+@bench.command
+def tiles(rounds: int = 7, steps: int = 1, tokens: int = 2048, tiles: int = 48, json: Path | None = None) -> None:
+    """What it gains to share the tiles of a pack out over the ranks of cp and tp, against the vision tower on every rank.
+
+    Args:
+        rounds: Times that all contestants take their turn.
+        steps: Steps of a turn.
+        tokens: Tokens of the pack.
+        tiles: Tiles of the pack.
+        json: Write the results to this file too.
+    """
+    from json import dumps
+
+    from smalt.profiling.bench_tiles import bench_tiles, print_report
+
+    result = bench_tiles(rounds, steps, tokens, tiles)
+    print_report(result)
+    if json is not None:
+        json.write_text(dumps(result, indent=2) + "\n")
+
+
 @compiled.command
 def check(
     kernel: str | None = None,

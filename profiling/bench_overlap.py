@@ -19,8 +19,6 @@ and arithmetic share the cores, so that what is covered is not simply won. FSDP2
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -43,11 +41,12 @@ from smalt.parallel import ParallelConfig, ParallelModel
 from smalt.parallel.compat import set_unshard_async
 from smalt.parallel.mesh import World, build_meshes
 
+from .processes import PROCESSES, run_module
 from .record import TraceRecorder
 from .trace_report import overlap_report
 from .traces import read_traces
 
-PROCESSES, BLOCKS, WIDTH, ROWS, MICROBATCHES = 2, 4, 384, 256, 3
+BLOCKS, WIDTH, ROWS, MICROBATCHES = 4, 384, 256, 3
 PACK = 2048
 MODEL = ModelConfig(
     vision=VisionConfig(num_layers=1, width=16, num_heads=1, ffn=16, patch=2, tile=4),
@@ -154,11 +153,7 @@ def bench_overlap(rounds: int, steps: int, folder: Path | None = None) -> dict[s
         raise ValueError(f"rounds = {rounds} and steps = {steps}: both must be at least 1")
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or Path(temporary)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
-        command += ["-m", "smalt.profiling.bench_overlap", str(folder), str(rounds), str(steps)]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"the processes of bench overlap failed:\n{done.stderr}")
+        run_module("smalt.profiling.bench_overlap", folder, rounds, steps)
         reports = {c.name: [overlap_report(read_traces(_turn(folder, n, c))) for n in range(rounds)] for c in CONTESTANTS}
     return {
         "torch": torch.__version__,

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import faults
+import recording
 import torch
 import torch.distributed as dist
 import workload
@@ -82,7 +83,7 @@ def run_case(case, rank):
         # Weights and keys on their way would wait for each other in one group.
         assert len({group.group_name for group in world.groups.values()}) == len(world.groups)
         with faults.planted(case["fault"]):
-            return run_layout(case, world)
+            return recording.run_steps(case, world) if "steps" in case else run_layout(case, world)
     finally:
         dist.destroy_process_group()
 

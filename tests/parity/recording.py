@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from smalt.model import pack
 from smalt.parallel import ParallelModel
-from smalt.parallel.compat import flight_records
+from smalt.parallel.compat import recorded_collectives
 
 KINDS = ("allgather", "allreduce", "reducescatter", "alltoall", "broadcast", "barrier", "send", "recv")
 
@@ -89,10 +89,10 @@ def run_steps(case, world):
         write("groups", {g.group_name: [axis, dist.get_process_group_ranks(g)] for axis, g in groups.items()})
         for number, step in enumerate(case["steps"]):
             write("step", number)
-            newest = max((entry["record_id"] for entry in flight_records()), default=-1)
+            newest = max((entry["record_id"] for entry in recorded_collectives(stacks=False)), default=-1)
             with Recorder(partial(write, "entry")):
                 run_step(model, make_packs(step, number))
-            launched = [entry for entry in flight_records() if entry["record_id"] > newest]
+            launched = [entry for entry in recorded_collectives(stacks=False) if entry["record_id"] > newest]
             kinds = [[kind_of(entry["profiling_name"].removeprefix("gloo:")), entry["process_group"][0]] for entry in launched]
             write("launched", kinds)
 

@@ -169,9 +169,8 @@ def print_report(result: dict[str, Any]) -> None:
         keys = ("shared_seconds", "replicated_seconds", "seconds_ratio", "cpu_seconds_ratio")
         measured.add_row(f"{row['axis']} {setting['processes']}", *(_spread(row[k]) for k in keys), f"{row['flops_ratio']:.2f}")
     console.print(measured)
-    ratios = Table(
-        "documents of", *(Column(n, justify="right") for n in names), title=f"ratio of FLOPs, {PAPER}, {PAPER_TOKENS:,} tokens"
-    )
+    columns = [Column(n, justify="right") for n in ("tiles", "image rows", "vision", *(f"cp {n}" for n in PAPER_CP))]
+    ratios = Table("documents of", *columns, title=f"ratio of FLOPs, {PAPER}, {PAPER_TOKENS:,} tokens")
     for row in result["paper"]:
         shares = f"{row['image_rows'] / row['tokens']:.0%}", f"{row['vision_share']:.0%}"
         ratios.add_row(f"{row['document']:,}", str(row["tiles"]), *shares, *(f"{r:.2f}" for r in row["ratios"].values()))

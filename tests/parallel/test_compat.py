@@ -23,6 +23,8 @@ def test_names_exist():
     assert isinstance(inductor._micro_pipeline_tp, bool)
     assert callable(symmetric_memory.enable_symm_mem_for_group)
     assert all(map(callable, (compat._all_gather, compat._reduce_scatter, compat._all_to_all)))
+    operators = compat._operators
+    assert all(map(callable, (operators.all_gather_into_tensor, operators.reduce_scatter_tensor, operators.wait_tensor)))
 
 
 def test_scale_gradients():

@@ -71,7 +71,7 @@ class RowFailed(Exception):
 
 
 def read_record(path):
-    """What recording.py wrote: the groups, and step by step the entries and what gloo launched, None where a step did not end."""
+    """What recording.py wrote: the ranks of groups, and of each step the entries and what gloo launched, None where it did not end."""
     record = {"groups": {}, "steps": []}
     for what, value in map(json.loads, path.read_text().splitlines()):
         if what == "groups":

@@ -26,14 +26,14 @@ def kind_of(name):
 class Recorder(TorchDispatchMode):
     """Every collective that this process launches, whichever part of torch asks for it, forward and backward.
 
-    Each goes to ``write`` before it starts: kind, group (its name), sizes and dtype of the tensors, peer (its number in the group) of
-    a send or receive, splits of an all-to-all. The rows of the exchange of tiles, [V, C], come from the data and are left out; every
-    other size is a function of the layout.
+    Each goes to ``write`` before it starts: kind, group (axis and ranks), sizes and dtype of the tensors, peer (its number in the
+    group) of a send or receive, splits of an all-to-all. The rows of the exchange of tiles, [V, C], come from the data and are left
+    out; every other size is a function of the layout. groups: what to call those of these names.
     """
 
-    def __init__(self, write):
+    def __init__(self, groups, write):
         super().__init__()
-        self.write = write
+        self.groups, self.write = groups, write
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
@@ -54,7 +54,7 @@ class Recorder(TorchDispatchMode):
             sizes = [["rows of tiles", *size[1:]] for size in sizes]
         self.write(
             {
-                "kind": kind, "group": name, "sizes": sizes, "dtype": str(tensors[0].dtype) if tensors else "",
+                "kind": kind, "group": self.groups[name], "sizes": sizes, "dtype": str(tensors[0].dtype) if tensors else "",
                 "peer": given.get("dst", given.get("src")), "splits": splits,
             }
         )  # fmt: skip
@@ -79,22 +79,25 @@ def make_packs(step, number):
 def run_steps(case, world):
     """Evaluate and train on each of the case's steps. The record is written line by line, for gloo aborts where collectives differ."""
     model = ParallelModel(workload.make_config(case["variant"]), world, 0, torch.float32, workload.ALL, workload.LENGTH)
-    groups = {"world": dist.group.WORLD, **world.groups, **({"tied": model.tied_group} if model.tied_group else {})}
+    meshes = {f"{mesh}/{axis}": m.get_group(axis) for mesh, m in vars(world.meshes).items() for axis in m.mesh_dim_names}
+    groups = {"world": dist.group.WORLD, **meshes, **({"tied": model.tied_group} if model.tied_group else {})}
+    ranks = {axis: dist.get_process_group_ranks(group) for axis, group in groups.items()}
+    # Of several axes that share a group, the one that comes last gives it its name.
+    names = {group.group_name: f"{axis} {ranks[axis]}" for axis, group in groups.items()}
     with Path(f"{case['out']}.record-{world.rank}").open("w", buffering=1) as file:
 
         def write(what, value):
             file.write(json.dumps([what, value]) + "\n")
 
-        # Of several axes that share a group, the one that comes last gives it its name.
-        write("groups", {g.group_name: [axis, dist.get_process_group_ranks(g)] for axis, g in groups.items()})
+        write("groups", {name: ranks[name.split()[0]] for name in names.values()})
         for number, step in enumerate(case["steps"]):
             write("step", number)
             newest = max((entry["record_id"] for entry in recorded_collectives(stacks=False)), default=-1)
-            with Recorder(partial(write, "entry")):
+            with Recorder(names, partial(write, "entry")):
                 run_step(model, make_packs(step, number))
             launched = [entry for entry in recorded_collectives(stacks=False) if entry["record_id"] > newest]
-            kinds = [[kind_of(entry["profiling_name"].removeprefix("gloo:")), entry["process_group"][0]] for entry in launched]
-            write("launched", kinds)
+            kinds = [kind_of(entry["profiling_name"].removeprefix("gloo:")) for entry in launched]
+            write("launched", [[kind, names[entry["process_group"][0]]] for kind, entry in zip(kinds, launched, strict=True)])
 
 
 def run_step(model, packs):

@@ -81,34 +81,33 @@ def differences(records, first):
     for rank, record in enumerate(records):
         for number, step in enumerate(record["steps"]):
             launched = [{**e, "splits": []} for e in step["entries"]]
-            found += unequal(f"rank {rank}, step {number}", launched, first.setdefault(rank, launched), record["groups"])
+            found += unequal(f"rank {rank}, step {number}", launched, first.setdefault(rank, launched))
+    groups = {name: ranks for record in records for name, ranks in record["groups"].items()}
     for number in range(min(len(record["steps"]) for record in records)):
-        by_rank = [record["steps"][number]["entries"] for record in records]
-        for group, (axis, ranks) in {k: v for record in records for k, v in record["groups"].items()}.items():
-            inside = {rank: [e for e in by_rank[rank] if e["group"] == group] for rank in ranks}
-            where = f"step {number}, group {axis} {ranks}"
-            found += between_ranks(where, inside, records[ranks[0]]["groups"])
-            found += between_neighbours(where, inside, ranks)
+        for group, ranks in groups.items():
+            inside = {r: [e for e in records[r]["steps"][number]["entries"] if e["group"] == group] for r in ranks}
+            where = f"step {number}, group {group}"
+            found += between_ranks(where, inside) + between_neighbours(where, inside, ranks)
     return found
 
 
-def unequal(where, got, want, groups):
+def unequal(where, got, want):
     """The first place where two sequences differ, or where one ends."""
     for i in range(max(len(got), len(want))):
         one, other = ([*x[i : i + 1], None][0] for x in (got, want))
         if one != other:
-            return [f"{where}, collective {i}: {shown(one, groups)}, not {shown(other, groups)}"]
+            return [f"{where}, collective {i}: {shown(one)}, not {shown(other)}"]
     return []
 
 
-def shown(entry, groups):
-    return f"{entry['kind']} over {groups[entry['group']][0]} of {entry['sizes']}" if entry else "nothing"
+def shown(entry):
+    return f"{entry['kind']} over {entry['group']} of {entry['sizes']}" if entry else "nothing"
 
 
-def between_ranks(where, inside, groups):
+def between_ranks(where, inside):
     common = {rank: [{**e, "splits": []} for e in entries if e["kind"] not in ("send", "recv")] for rank, entries in inside.items()}
     first, *others = common
-    return [line for rank in others for line in unequal(f"{where}, rank {rank}", common[rank], common[first], groups)]
+    return [line for rank in others for line in unequal(f"{where}, rank {rank}", common[rank], common[first])]
 
 
 def between_neighbours(where, inside, ranks):
@@ -130,15 +129,15 @@ def between_neighbours(where, inside, ranks):
 PLANTED = [
     (
         "a rank without a tile skips the tower", 2, {"fsdp": 2}, [[FULL] * 4, [FULL, EMPTY, ONE_TILE, TEXT]],
-        "step 1, group fsdp_cp [0, 1], rank 1, collective 1: allgather", True,
+        "step 1, group vision/fsdp_cp_tp [0, 1], rank 1, collective 1: allgather", True,
     ),
     (
         "a rank that sends no tile skips the exchange", 4, {"cp": 2, "tp": 2}, [[FULL] * 2, [ONE_TILE] * 2],
-        "step 1, group cp_tp [0, 1, 2, 3], rank 3, collective 4: alltoall over cp_tp of [['rows of tiles', 16]], not nothing", True,
+        "step 1, group tiles/cp_tp [0, 1, 2, 3], rank 3, collective 4: alltoall", True,
     ),
     (
         "a pack without a tile skips the exchange", 4, {"cp": 2, "tp": 2}, [[FULL] * 2, [FULL, EMPTY]],
-        "of [[1016], [508]], not alltoall over cp_tp of [['rows of tiles', 16]]", False,
+        "of [[1016], [508]], not alltoall over tiles/cp_tp [0, 1, 2, 3] of [['rows of tiles', 16]]", False,
     ),
 ]  # fmt: skip
 

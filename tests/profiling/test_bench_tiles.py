@@ -86,6 +86,7 @@ def test_the_whole_of_it(capsys):
     print_report(result)
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
+    assert all(column in shown for column in ("replicated", "of FLOPs", "image rows", "cp 8"))
     assert json.loads(json.dumps(result)) == result
     for row in result["axes"]:
         assert row["flops_ratio"] == flops_ratio(model_cost(CONFIG), work_of(make_pack(CONFIG, TOKENS, 8)), 2)

@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -92,6 +93,11 @@ def launch_reduce_scatter(x: Tensor, group_name: str, size: int) -> Tensor:
 def finish(launched: Tensor) -> Tensor:
     """The same tensor when its collective is done; on a GPU the stream waits, not the host."""
     return _operators.wait_tensor(launched)
+
+
+def set_group_timeout(group: ProcessGroup, timeout: timedelta) -> None:
+    """How long a collective of a group may take (``_set_pg_timeout``): the groups of a mesh have torch's default, half an hour."""
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def set_memory_budget(share: float) -> None:

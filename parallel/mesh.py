@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .compat import record_collectives
+from .compat import record_collectives, set_group_timeout
 from .config import AXES, ParallelConfig
 from .watchdog import group_timeout
 
@@ -130,11 +130,11 @@ def join_world(device: str = "auto", parallel: ParallelConfig | None = None) -> 
     timeout = group_timeout(watched) if watched else TIMEOUT
     own = dist.PrefixStore(life, store)
     dist.init_process_group(BACKENDS[kind], store=own, rank=rank, world_size=size, timeout=timeout)
-    return World(rank, size, target, parallel, build_meshes(parallel, kind), own, timeout)
+    return World(rank, size, target, parallel, build_meshes(parallel, kind, timeout), own, timeout)
 
 
-def build_meshes(parallel: ParallelConfig, kind: str) -> Meshes:
-    """The meshes over all processes of the default group. kind: "cpu" or "cuda"."""
+def build_meshes(parallel: ParallelConfig, kind: str, timeout: timedelta = TIMEOUT) -> Meshes:
+    """The meshes over all processes of the default group. kind: "cpu" or "cuda"; timeout: of their groups."""
     pp, dp, fsdp, cp, tp = (getattr(parallel, axis) for axis in AXES)
 
     # Each view is a mesh of its own over all ranks: slices of a flattened axis are private to torch, and about to go. Backends are
@@ -143,7 +143,10 @@ def build_meshes(parallel: ParallelConfig, kind: str) -> Meshes:
 
     def view(**axes: int) -> DeviceMesh:
         backends: dict[int | str, Any] = dict.fromkeys(axes, backend)
-        return init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes), backend_override=backends)
+        mesh = init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes), backend_override=backends)
+        for axis in axes:
+            set_group_timeout(mesh.get_group(axis), timeout)
+        return mesh
 
     def shards(mesh: DeviceMesh, axis: str) -> DeviceMesh:
         return mesh["dp", axis] if dp > 1 else mesh[axis]

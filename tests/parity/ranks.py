@@ -79,7 +79,7 @@ def run_case(case, rank):
     timeout = timedelta(seconds=case["timeout"])
     dist.init_process_group("gloo", store=dist.FileStore(case["out"] + ".store", size), rank=rank, world_size=size, timeout=timeout)
     try:
-        world = World(rank, size, torch.device("cpu"), parallel, build_meshes(parallel, "cpu"))
+        world = World(rank, size, torch.device("cpu"), parallel, build_meshes(parallel, "cpu", timeout))
         # Weights and keys on their way would wait for each other in one group.
         assert len({group.group_name for group in world.groups.values()}) == len(world.groups)
         with faults.planted(case["fault"]):

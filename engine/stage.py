@@ -95,7 +95,7 @@ class Stage:
         tensors = self.tensors()
         del tensors[self._random_state]
         load_tensors(checkpoint, tensors)
-        self.rule.rolled_back(checkpoint.state["spikes"])
+        self.rule.rolled_back(checkpoint.state.get("spikes", {}))  # version 0.2 had none
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         tensors = self.tensors()
@@ -119,7 +119,7 @@ class Stage:
             yield next(self.loader)
 
     def train_step(self, batch: StepBatch) -> StepResult:
-        """Forward and backward over this replica's packs, one reduction, clip, AdamW."""
+        """Forward and backward over this replica's packs, one reduction, clip, and, unless it is to be skipped, the update."""
         self.rate = learning_rate(self.config, self.done)
         set_learning_rate(self.optimizer, self.rate)
         self.done, self.loader_state = self.done + 1, batch.state

@@ -44,7 +44,7 @@ class Run:
         self.progress = RunProgress(self.config.total_steps, self.step, world.is_main)
         self.folder = RunFolder(launch.folder, self.config, world.is_main, self.step if self.checkpoint else None)
         first, count = self.config.logging.trace_first, self.config.logging.trace_steps
-        self.recorder = TraceRecorder(launch.folder / TRACES, world.rank, first, count, world.groups, done=self.step)
+        self.recorder = TraceRecorder(launch.folder / TRACES, world.rank, first, count, done=self.step)
         self.writer = CheckpointWriter(launch.folder / CHECKPOINTS, self.config.checkpoint.keep, world, self._checkpoint_failed)
 
     def stages(self) -> Iterator[Stage]:
@@ -57,7 +57,7 @@ class Run:
             weights = dict(self.model.named_parameters()) if self.model is not None else None
             checkpoint = self.checkpoint if name == started else None
             stage = Stage(self.config, name, self.world, self.data, weights, checkpoint)
-            self.model = stage.model
+            self.model, weights = stage.model, None  # the last stage's weights are given up
             self.watchdog.beat(self.step, FIRST_STEP)
             try:
                 yield stage
@@ -85,12 +85,13 @@ class Run:
             values |= self._evaluate(config.evaluation.questions_during, final=False)
         self.folder.log(self.step, values, charts=last_of_stage or _due(self.step, config.logging.every))
         self.writer.poll()
+        # Before the save: what goes on from it must not judge this step again, nor have the weights that were given up.
+        self._answer_spike(stage, batch, result)
         if _due(self.step, config.checkpoint.every) or self.step == config.total_steps:
             state = {"model": config.model.model_dump(), "counters": dict(self.counters), **stage.state()}
             with self.watchdog.pause("a checkpoint"):
                 self.writer.save(self.step, stage.tensors(), state)
         self._stop_if_diverged()
-        self._answer_spike(stage, batch, result)
         self.watchdog.beat(self.step)
 
     def finish(self) -> None:
@@ -127,6 +128,7 @@ class Run:
         if self.world.is_main:
             write_spike(self.folder.path, self.step, verdict, result.loss, result.grad_norm, batch.samples)
         if verdict.action == "stop":
+            self.writer.wait()
             raise UserError(f"step {self.step}: {verdict.reason}; the samples are in {self.folder.path / SPIKES}")
         if verdict.action == "rollback":
             with self.watchdog.pause("a rollback"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -251,6 +252,31 @@ def test_a_run_skips_goes_back_and_stops(nproc, tiny_config, tmp_path, train):
         assert spike["loss"] == metrics[spike["step"] - 1]["loss"]
         assert len(spike["samples"]) == sum(v for k, v in metrics[spike["step"] - 1].items() if k.startswith("documents/"))
         assert all((s["source"], s["record"]) == read(s["position"]) for s in spike["samples"])
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_back_alike(tiny_config, tmp_path, train):
+    # A save in every step, so that some fall on a step that went back.
+    changes = {"spikes.max_rollbacks": 100, "checkpoint.every": 1, "checkpoint.keep": 80, "stages.sft.steps": 70}
+    whole = tmp_path / "whole"
+    train([tiny_config({**STRICT, **changes}), "--folder", whole])
+    spikes = [json.loads(line) for line in (whole / "spikes.jsonl").read_text().splitlines()]
+    steps = [s["step"] for s in spikes if s["action"] == "rollback"]
+    assert len(steps) >= 2
+    for step in (steps[0] - 1, steps[0], steps[-1]):
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(whole, folder)
+        for checkpoint in (folder / "checkpoints").glob("step-*"):
+            if int(checkpoint.name[5:]) > step:
+                shutil.rmtree(checkpoint)
+        train(["--folder", folder, "--resume"])
+        for name in ("metrics.jsonl", "spikes.jsonl"):
+            assert without_speed(folder / name) == without_speed(whole / name), (step, name)
+
+
+def without_speed(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
 
 def test_rollback_beyond_the_oldest_checkpoint(tiny_config):

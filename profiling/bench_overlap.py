@@ -22,7 +22,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,7 @@ def training_step(mesh: DeviceMesh, prefetch: bool, microbatches: int = 1, reduc
 def context_step(mesh: DeviceMesh, chunks: int) -> Step:
     """Forward and backward of ``MODEL`` over one pack whose rows are shared out over all processes."""
     parallel = ParallelConfig(cp=mesh.size(), context_chunks=chunks).sized(mesh.size())
-    # FSDP shards over the same processes: in a group of its own a trace tells cp from it.
-    group = dist.new_group(group_desc="mesh_cp")
-    meshes = replace(build_meshes(parallel, "cpu"), cp=DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",)))
-    world = World(dist.get_rank(), mesh.size(), torch.device("cpu"), parallel, meshes)
+    world = World(dist.get_rank(), mesh.size(), torch.device("cpu"), parallel, build_meshes(parallel, "cpu"))
     model = ParallelModel(MODEL, world, 0, torch.float32, ("vision", "projector", "language"), PACK)
     tokens, side = torch.arange(PACK) % MODEL.language.vocabulary, MODEL.vision.tile
     every_key = torch.zeros(PACK, dtype=torch.int32), torch.full((PACK,), PACK, dtype=torch.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -125,16 +126,13 @@ def trace(
         json: Write everything to this file too.
         plot: Draw the last recorded step of each rank, and covered and exposed time by axis, into this file.
     """
-    from json import dumps
-
     from smalt.profiling.trace_report import overlap_report, plot_overlap, print_overlap
     from smalt.profiling.traces import read_traces
 
     traces = read_traces(folder)
     report = overlap_report(traces)
     print_overlap(report)
-    if json is not None:
-        json.write_text(dumps(report, indent=2) + "\n")
+    _write_json(json, report)
     if plot is not None:
         plot_overlap(traces, report, plot)
 
@@ -221,14 +219,11 @@ def overlap(rounds: int = 5, steps: int = 2, json: Path | None = None, traces: P
         json: Write the results to this file too.
         traces: Keep the traces in this folder, for smalt trace; a temporary one when not given.
     """
-    from json import dumps
-
     from smalt.profiling.bench_overlap import bench_overlap, print_report
 
     result = bench_overlap(rounds, steps, traces)
     print_report(result)
-    if json is not None:
-        json.write_text(dumps(result, indent=2) + "\n")
+    _write_json(json, result)
 
 
 @bench.command
@@ -283,14 +278,11 @@ def tiles(rounds: int = 7, steps: int = 1, tokens: int = 2048, tiles: int = 48, 
         tiles: Tiles of the pack.
         json: Write the results to this file too.
     """
-    from json import dumps
-
     from smalt.profiling.bench_tiles import bench_tiles, print_report
 
     result = bench_tiles(rounds, steps, tokens, tiles)
     print_report(result)
-    if json is not None:
-        json.write_text(dumps(result, indent=2) + "\n")
+    _write_json(json, result)
 
 
 @compiled.command
@@ -373,6 +365,11 @@ def tune(kernel: str | None = None, candidates: int = 8, write: bool = False) ->
     from smalt.profiling.kernels.tune import tune_kernels
 
     tune_kernels(kernel, candidates, write)
+
+
+def _write_json(path: Path | None, value: object) -> None:
+    if path is not None:
+        path.write_text(dumps(value, indent=2) + "\n")
 
 
 def main() -> int:

@@ -81,7 +81,7 @@ def watch(world: World, folder: Path) -> Watchdog:
     """A watchdog over the run, that knows the axes by name."""
     limit = timedelta(seconds=world.parallel.watchdog_seconds)
     watchdog = Watchdog(world.rank, world.size, limit, world.store, folder / STALLS)
-    for axis, group in world.groups.items():
+    for axis, group in world.groups:
         watchdog.name_group(group, axis)
     return watchdog
 

@@ -37,13 +37,12 @@ _all_to_all: Any = collectives.all_to_all_single_autograd
 # waits in the node that launches, so that nothing can be computed meanwhile.
 _operators: Any = torch.ops._c10d_functional
 
-
 # Operators whose results selective activation checkpointing keeps: products, attention, exchanges.
-_aten, _exchange = torch.ops.aten, torch.ops._c10d_functional
+_aten = torch.ops.aten
 DEAR = {
     _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default, _aten._scaled_dot_product_flash_attention.default,
-    torch.ops.smalt.attention.default, _exchange.reduce_scatter_tensor.default, _exchange.all_to_all_single.default,
+    torch.ops.smalt.attention.default, _operators.reduce_scatter_tensor.default, _operators.all_to_all_single.default,
 }  # fmt: skip
 
 

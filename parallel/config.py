@@ -78,6 +78,11 @@ class ParallelConfig(BaseModel):
         return self.pp * (1 if self.pp == 1 or self.schedule == "1f1b" else self.virtual_stages)
 
     @property
+    def chunks_a_rank(self) -> int:
+        """Chunks of rows that a rank of cp holds; 1 where the rows of a rank follow one another."""
+        return self.context_chunks if self.cp > 1 and self.context == "gather" else 1
+
+    @property
     def keeps_gathered(self) -> bool:
         """Whether gathered weights stay until the backward pass."""
         return self.pp > 1 if self.reshard_after_forward is None else not self.reshard_after_forward
@@ -110,11 +115,10 @@ class ParallelConfig(BaseModel):
                     f'context = "scatter": {kv_heads} key and value heads a rank of tp neither divide over cp = {self.cp} nor can be '
                     'repeated to it; use "gather"'
                 )
-        chunks = self.context_chunks if self.cp > 1 and self.context == "gather" else 1
-        if sequence_length % math.lcm(self.cp * chunks, self.cp * self.tp):
+        if sequence_length % math.lcm(self.cp * self.chunks_a_rank, self.cp * self.tp):
             wrong.append(
-                f"sequence_length = {sequence_length} is not a multiple of cp {self.cp} x context_chunks {chunks} and of cp {self.cp} "
-                f"x tp {self.tp}"
+                f"sequence_length = {sequence_length} is not a multiple of cp {self.cp} x context_chunks {self.chunks_a_rank} and of "
+                f"cp {self.cp} x tp {self.tp}"
             )
         if self.num_stages > text.num_layers:
             wrong.append(f"{self.num_stages} pipeline stages for model.language.num_layers = {text.num_layers}")

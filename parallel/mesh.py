@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
 
@@ -75,12 +75,10 @@ class World:
         return place["dp"] * (self.parallel.fsdp or 1) + place["fsdp"]
 
     @property
-    def groups(self) -> dict[str, dist.ProcessGroup]:
-        """Process groups by the names of their axes, flattened ones first; none for a single process."""
-        if self.meshes is None:
-            return {}
-        meshes = (self.meshes.vision, self.meshes.tiles, self.meshes.weights, self.meshes.cp, self.meshes.tp, self.meshes.pp)
-        return {name: mesh.get_group(name) for mesh in meshes for name in mesh.mesh_dim_names or ()}
+    def groups(self) -> list[tuple[str, dist.ProcessGroup]]:
+        """Every process group of the meshes with the name of its axis; none for a single process."""
+        meshes = [] if self.meshes is None else [getattr(self.meshes, view.name) for view in fields(self.meshes)]
+        return [(axis, mesh.get_group(axis)) for mesh in meshes for axis in mesh.mesh_dim_names]
 
     def agree(self, decide: Callable[[], Any]) -> Any:
         """What the main process decides, on every rank; what it raises is raised by all."""

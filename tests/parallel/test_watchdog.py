@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -258,6 +259,7 @@ def test_every_rank_is_named_once(waiting, culprit):
 def test_one_process_is_not_watched():
     with Watchdog(0, 1, timedelta(seconds=1), None) as watchdog, watchdog.pause("evaluation"):
         watchdog.beat(1)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("watchdog")]
 
 
 def test_groups_outlast_the_watchdog():

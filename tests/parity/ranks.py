@@ -81,7 +81,7 @@ def run_case(case, rank):
     try:
         world = World(rank, size, torch.device("cpu"), parallel, build_meshes(parallel, "cpu", timeout))
         # Weights and keys on their way would wait for each other in one group.
-        assert len({group.group_name for group in world.groups.values()}) == len(world.groups)
+        assert len({group.group_name for _, group in world.groups}) == len(world.groups)
         with faults.planted(case["fault"]):
             return recording.run_steps(case, world) if "steps" in case else run_layout(case, world)
     finally:

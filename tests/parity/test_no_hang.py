@@ -69,6 +69,18 @@ def test_collectives_are_a_function_of_the_configuration(layout, workers, drawn)
             assert [["allreduce" if kind == "reducescatter" else kind, group] for kind, group in seen] == step["launched"]
 
 
+@pytest.mark.parametrize("layout", [(2, {"fsdp": 2}), (4, {"pp": 2, "fsdp": 2, "schedule": "interleaved"})], ids=name_of)
+def test_gradients_are_reduced_once_a_step(layout, workers):
+    size, parallel = layout
+    counts = []
+    for num_packs in (4, 8):
+        records, errors = workers.record(size, parallel, [[MIXED] * num_packs])
+        assert not errors
+        counts.append([sum(e["kind"] == "reducescatter" for e in record["steps"][0]["entries"]) for record in records])
+    assert counts[0] == counts[1]
+    assert min(counts[0]) > 2  # one for each block that a rank holds, at least
+
+
 def run(workers, size, parallel, drawn, **options):
     """As many of the drawn packs of each step as two for every replica."""
     replicas = parallel.get("fsdp", 1) * parallel.get("dp", 1)

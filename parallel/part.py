@@ -82,12 +82,7 @@ class ModelPart(MultimodalModel):
             x = residual_stream(embedding(shard.tokens))
         else:
             x = residual_stream(embed_tokens(embedding.weight, shard.tokens, self._meshes.tp))
-        if len(shard.tiles):
-            seen = self.see(shard.tiles.to(x.dtype))
-        else:
-            seen = self.see_nothing(x)
-            x = x + seen.sum().to(x.dtype)
-            seen = seen[:0]
+        seen = self.see(shard.tiles.to(x.dtype))
         if exchange.order is not None:
             seen = seen.index_select(0, exchange.order)
         if exchange.send:

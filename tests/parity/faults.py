@@ -38,11 +38,11 @@ def _norm_without_gradient(self, x, residual=None):
 
 
 def _blank_tile_apart(see_nothing):
-    return lambda self, like: see_nothing(self, like).detach()
+    return lambda self, tiles: see_nothing(self, tiles).detach()
 
 
-def _nothing_is_seen(self, like):
-    return like.new_zeros(self.config.vision.tokens_per_tile, self.config.language.width)
+def _nothing_is_seen(self, tiles):
+    return tiles.new_zeros(0, self.config.language.width)
 
 
 def _exchange_where(needed):

@@ -1,8 +1,9 @@
-"""The ``smalt`` command: generate and evaluate from a run, write data, look at the machine, measure."""
+"""The ``smalt`` command: generate, evaluate and export from a run, write data, look at the machine, measure."""
 
 from __future__ import annotations
 
 import sys
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -69,6 +70,26 @@ def evaluate(folder: RunDir, questions: int | None = None) -> None:
     evaluate_run(folder, questions)
 
 
+@app.command
+def export(
+    folder: RunDir, out: Path, step: int | None = None, dtype: Literal["bfloat16", "float32"] | None = None, shard_size: float = 5.0
+) -> None:
+    """Write the weights of a run as Hugging Face style safetensors files, with config.json and tokenizer.json beside them.
+
+    Args:
+        folder: Folder of the run.
+        out: New folder to write to.
+        step: Step of the checkpoint; the newest whole one when not given.
+        dtype: Type of the weights; as in the checkpoint when not given.
+        shard_size: Gigabytes (1e9 bytes) of a file at most.
+    """
+    from .export import export_run
+
+    done = export_run(folder, out, step, dtype, shard_size)
+    files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
+    print(f"{out}: {done.num_tensors} tensors of step {done.checkpoint.step}, {done.size:,} bytes in {files}")
+
+
 @data.command
 def digits(out: Path = Path("data/digits"), records: int = 20_000, questions: int = 500, seed: int = 0) -> None:
     """Write the data of the default run: questions about scikit-learn's handwritten digits.
@@ -105,18 +126,30 @@ def trace(
         json: Write everything to this file too.
         plot: Draw the last recorded step of each rank, and covered and exposed time by axis, into this file.
     """
-    from json import dumps
-
     from smalt.profiling.trace_report import overlap_report, plot_overlap, print_overlap
     from smalt.profiling.traces import read_traces
 
     traces = read_traces(folder)
     report = overlap_report(traces)
     print_overlap(report)
-    if json is not None:
-        json.write_text(dumps(report, indent=2) + "\n")
+    _write_json(json, report)
     if plot is not None:
         plot_overlap(traces, report, plot)
+
+
+@app.command
+def memory(write: bool = False) -> None:
+    """What a rank holds, by model and layout: weights, gradients, optimiser state, gathered weights, inputs of blocks.
+
+    Args:
+        write: Put the table into docs/parallel.md.
+    """
+    from smalt.profiling.memory import memory_table, print_memory, write_docs
+
+    rows = memory_table()
+    print_memory(rows)
+    if write:
+        write_docs(rows)
 
 
 @bench.command
@@ -178,7 +211,7 @@ def kernels(
 
 @bench.command
 def overlap(rounds: int = 5, steps: int = 2, json: Path | None = None, traces: Path | None = None) -> None:
-    """Which collectives of sharded data parallel overlap with compute, and how long the rest take, with and without prefetch.
+    """Which collectives of sharded data parallel and of context parallel overlap with compute, and how long the rest take.
 
     Args:
         rounds: Times that all contestants take their turn.
@@ -186,14 +219,70 @@ def overlap(rounds: int = 5, steps: int = 2, json: Path | None = None, traces: P
         json: Write the results to this file too.
         traces: Keep the traces in this folder, for smalt trace; a temporary one when not given.
     """
-    from json import dumps
-
     from smalt.profiling.bench_overlap import bench_overlap, print_report
 
     result = bench_overlap(rounds, steps, traces)
     print_report(result)
-    if json is not None:
-        json.write_text(dumps(result, indent=2) + "\n")
+    _write_json(json, result)
+
+
+@bench.command
+def checkpoint(
+    config: Path | None = None,
+    disk: Path = Path("runs"),
+    rounds: int = 12,
+    steps: int = 2,
+    step_seconds: float = 1.0,
+    threads: int = 1,
+) -> None:
+    """Measure what a save costs training: the same steps with and without one in progress, in turns, on the CPU.
+
+    Args:
+        config: Config whose model is used; one of 16 million parameters when not given.
+        disk: Folder on the disk to write to; what is written is removed.
+        rounds: Times that both take their turn.
+        steps: Steps of a turn; a save should end within them.
+        step_seconds: What a step takes at least; the pack is made as long as that needs.
+        threads: Threads of torch. The writing thread wants a core beside them.
+    """
+    import tempfile
+
+    import torch
+
+    from smalt.parallel import alone
+    from smalt.profiling.bench_checkpoint import SIZES, bench_checkpoint, print_report
+
+    from .checkpoints import CheckpointWriter, training_tensors
+    from .config import load_config
+
+    def failed(message: str) -> None:
+        raise UserError(message)
+
+    disk.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=disk) as folder:
+        writer = CheckpointWriter(Path(folder), 1, alone(torch.device("cpu")), failed)
+        sizes = load_config(config).model if config else SIZES
+        print_report(
+            bench_checkpoint(sizes, writer, training_tensors, rounds=rounds, steps=steps, step_seconds=step_seconds, threads=threads)
+        )
+
+
+@bench.command
+def tiles(rounds: int = 7, steps: int = 1, tokens: int = 2048, tiles: int = 48, json: Path | None = None) -> None:
+    """What it gains to share the tiles of a pack out over the ranks of cp and tp, against the vision tower on every rank.
+
+    Args:
+        rounds: Times that all contestants take their turn.
+        steps: Steps of a turn.
+        tokens: Tokens of the pack.
+        tiles: Tiles of the pack.
+        json: Write the results to this file too.
+    """
+    from smalt.profiling.bench_tiles import bench_tiles, print_report
+
+    result = bench_tiles(rounds, steps, tokens, tiles)
+    print_report(result)
+    _write_json(json, result)
 
 
 @compiled.command
@@ -276,6 +365,11 @@ def tune(kernel: str | None = None, candidates: int = 8, write: bool = False) ->
     from smalt.profiling.kernels.tune import tune_kernels
 
     tune_kernels(kernel, candidates, write)
+
+
+def _write_json(path: Path | None, value: object) -> None:
+    if path is not None:
+        path.write_text(dumps(value, indent=2) + "\n")
 
 
 def main() -> int:

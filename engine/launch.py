@@ -6,19 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
 import tyro
 
 from smalt.model import PRESETS
-from smalt.parallel import World, join_world
+from smalt.parallel import Watchdog, World, join_world
 
 from .checkpoints import Checkpoint, check_architecture, latest_checkpoint
 from .config import RunConfig, load_config, parse_config
 from .errors import UserError
-from .run_folder import CHECKPOINTS, latest_run, new_run, read_config
+from .run_folder import CHECKPOINTS, STALLS, latest_run, new_run, read_config
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.toml"
 _USAGE = """\
@@ -33,12 +32,14 @@ Train a model: torchrun [--nproc-per-node N] engine/train.py [CONFIG.toml] [OPTI
 
 @dataclass(frozen=True)
 class Launch:
-    """What the command line asks for. folder: the run's; checkpoint: where to go on from, None for a new run."""
+    """What the command line asks for. folder: the run's; checkpoint: where a run that is to be resumed goes on from, None for a new
+    run and until :func:`agree_on_folder` has found it."""
 
     config: RunConfig
     folder: Path
     checkpoint: Checkpoint | None
     dry_run: bool
+    resume: bool
 
 
 def parse_launch(arguments: Sequence[str]) -> Launch:
@@ -65,11 +66,7 @@ def parse_launch(arguments: Sequence[str]) -> Launch:
             # The preset that the command line names stands in for the model of the file; other options still change it.
             overridden = _override(config.model_copy(update={"model": PRESETS[overridden.preset]}), rest)
         config = parse_config(overridden.model_dump(), "command line")
-    if folder is None:
-        return Launch(config, new_run(config, own.folder), None, own.dry_run)
-    checkpoint = latest_checkpoint(folder / CHECKPOINTS)
-    check_architecture(checkpoint, config.model)
-    return Launch(config, folder, checkpoint, own.dry_run)
+    return Launch(config, folder or new_run(config, own.folder), None, own.dry_run, folder is not None)
 
 
 def join(config: RunConfig) -> World:
@@ -80,13 +77,28 @@ def join(config: RunConfig) -> World:
         raise UserError(str(error)) from error
 
 
+def watch(world: World, folder: Path) -> Watchdog:
+    """A watchdog over the run, that knows the axes by name."""
+    limit = timedelta(seconds=world.parallel.watchdog_seconds)
+    watchdog = Watchdog(world.rank, world.size, limit, world.store, folder / STALLS)
+    for axis, group in world.groups:
+        watchdog.name_group(group, axis)
+    return watchdog
+
+
 def agree_on_folder(launch: Launch, world: World) -> Launch:
-    """The launch with the folder of the first process: each made the name of its own from the time."""
-    if world.meshes is None:
-        return launch
-    folder: list[Any] = [launch.folder]
-    dist.broadcast_object_list(folder, src=0)
-    return replace(launch, folder=folder[0])
+    """The launch with the folder of the first process, each made the name of its own from the time, and with the checkpoint that the
+    first process has verified. Raises UserError on every process when there is none, or when it is of another architecture."""
+    folder, checkpoint = world.agree(lambda: (launch.folder, _checkpoint(launch)))
+    return replace(launch, folder=folder, checkpoint=checkpoint)
+
+
+def _checkpoint(launch: Launch) -> Checkpoint | None:
+    if not launch.resume:
+        return None
+    checkpoint = latest_checkpoint(launch.folder / CHECKPOINTS)
+    check_architecture(checkpoint, launch.config.model)
+    return checkpoint
 
 
 def _override(config: RunConfig, options: list[str]) -> RunConfig:

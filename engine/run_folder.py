@@ -11,9 +11,11 @@ from typing import Any
 from .config import RunConfig, parse_config
 from .data.stream import SkippedSample
 from .errors import UserError
+from .spikes import SPIKES
 
-CONFIG, METRICS, SKIPPED, EVALUATION, PLOT, CHECKPOINTS, TRACES = (
+CONFIG, METRICS, SKIPPED, EVALUATION, PLOT, CHECKPOINTS, TRACES, STALLS = (
     "config.json", "metrics.jsonl", "skipped.jsonl", "evaluation.json", "evaluation.png", "checkpoints", "traces",
+    "stalls.txt",
 )  # fmt: skip
 
 
@@ -59,7 +61,7 @@ class RunFolder:
         if resume_step is None:
             (path / CONFIG).write_text(config.model_dump_json(indent=1))
         else:
-            for name in (METRICS, SKIPPED):
+            for name in (METRICS, SKIPPED, SPIKES):
                 _drop_after(path / name, resume_step)
         self.metrics = (path / METRICS).open("a")
         self.skipped = (path / SKIPPED).open("a")

@@ -28,8 +28,9 @@ from .memory import explain_out_of_memory
 from .norms import module_norms, optimizer_norms
 from .objectives import pack_loss
 from .optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate, trainable_parts
+from .spikes import OK, SpikeRule, Verdict
 
-# With bfloat16 the weights stay float32 and autocast does the arithmetic.
+# With bfloat16 the weights stay float32, and are rounded before they are used.
 PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
 
@@ -46,12 +47,14 @@ class RunData:
 @dataclass(frozen=True)
 class StepResult:
     """loss: nats a token over all ranks; grad_norm: before clipping; skipped: why no step was taken, or None; norms: L2 norms by
-    module where they are due, of weights before the step, of clipped gradients and of the optimiser's state."""
+    module where they are due, of weights before the step, of clipped gradients and of the optimiser's state; verdict: of the rule
+    for loss spikes."""
 
     loss: float
     grad_norm: float
     skipped: str | None = None
     norms: dict[str, float] = field(default_factory=dict)
+    verdict: Verdict = OK
 
 
 class Stage:
@@ -72,7 +75,11 @@ class Stage:
         self.done, self.loader_state = 0, PackerState()
         if checkpoint is not None:
             self.done, self.loader_state = checkpoint.state["stage_step"], PackerState(**checkpoint.state["loader"])
-            self._restore(checkpoint)
+            # The random state of a process means nothing on another layout; order and initial weights do not use it.
+            self._load(checkpoint, random_state=checkpoint.state["processes"] == world.size)
+        self.rule = SpikeRule(config.spikes, checkpoint.state.get("spikes") if checkpoint else None)
+        names = list(config.stages)
+        self.first_step = sum(config.stages[earlier].steps for earlier in names[: names.index(name)])
         self.rate = 0.0
         limit, length = config.data.validation_documents, self.config.sequence_length
         self.validation = ValidationSet(data.validation, data.encoder, limit, length, config.model, world)
@@ -98,10 +105,14 @@ class Stage:
             model.copy_weights(weights)
         return model, build_optimizer(model, self.config, config.optimizer)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def roll_back(self, checkpoint: Checkpoint) -> None:
+        """Take weights and optimiser state of a checkpoint of this stage; the data goes on where it is."""
+        self._load(checkpoint, random_state=False)
+        self.rule.rolled_back(checkpoint.state.get("spikes", {}))  # version 0.2 had none
+
+    def _load(self, checkpoint: Checkpoint, random_state: bool) -> None:
         tensors = self.tensors()
-        if checkpoint.state["processes"] != self.world.size:
-            # The random state of a process means nothing on another layout; order and initial weights do not use it.
+        if not random_state:
             del tensors[self._random_state]
         load_tensors(checkpoint, tensors)
         if isinstance(self.model, DeepSpeedModel):
@@ -109,7 +120,7 @@ class Stage:
                 self.model.restore(tensors)
             except ValueError as error:
                 raise UserError(f"checkpoint {checkpoint.path}: {error}") from error
-        if self._random_state in tensors:
+        if random_state:
             torch.set_rng_state(tensors[self._random_state])
 
     def _loader(self, data: RunData) -> Loader:
@@ -125,7 +136,7 @@ class Stage:
             yield next(self.loader)
 
     def train_step(self, batch: StepBatch) -> StepResult:
-        """Forward and backward over this replica's packs, one reduction, clip, AdamW."""
+        """Forward and backward over this replica's packs, one reduction, clip, and, unless it is to be skipped, the update."""
         self.rate = learning_rate(self.config, self.done)
         set_learning_rate(self.optimizer, self.rate)
         self.done, self.loader_state = self.done + 1, batch.state
@@ -136,10 +147,12 @@ class Stage:
             norm = self.model.clip_gradients(self.run_config.optimizer.clip)
             finite = math.isfinite(loss) and math.isfinite(norm)
             norms = self._norms()
-            if finite:
+            verdict = self.rule.see(self.first_step + self.done, loss, norm)
+            skipped = "non-finite" if not finite else "spike" if verdict.action != "ok" else None
+            if skipped is None:
                 self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(loss, norm, None if finite else "non-finite", norms)
+        return StepResult(loss, norm, skipped, norms, verdict)
 
     def _norms(self) -> dict[str, float]:
         every = self.run_config.logging.norms_every
@@ -191,6 +204,7 @@ class Stage:
             "stage_step": self.done,
             "loader": asdict(self.loader_state),
             "processes": self.world.size,
+            "spikes": self.rule.state(),
         }
 
     def close(self) -> None:

@@ -7,13 +7,13 @@ import sys
 import time
 
 from smalt.engine.errors import BadRecord, UserError
-from smalt.engine.launch import Launch, agree_on_folder, join, parse_launch
+from smalt.engine.launch import Launch, agree_on_folder, join, parse_launch, watch
 from smalt.engine.trainer import Run, dry_run
-from smalt.parallel import World, leave_world
+from smalt.parallel import Watchdog, World, leave_world
 
 
-def train(launch: Launch, world: World) -> None:
-    run = Run(launch, world)
+def train(launch: Launch, world: World, watchdog: Watchdog) -> None:
+    run = Run(launch, world, watchdog)
     for stage in run.stages():
         started = time.perf_counter()
         for batch in stage.batches():
@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> int:
             if world.is_main:
                 print(plan)
         else:
-            train(launch, world)
+            with watch(world, launch.folder) as watchdog:
+                train(launch, world, watchdog)
     except (UserError, BadRecord) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

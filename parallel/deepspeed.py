@@ -170,11 +170,11 @@ class DeepSpeedModel(ParallelModel):
             lazy_init_hp_params_optimizer_state(parameters, flat, self.adamw.state)
 
     def drop_gradients(self) -> None:
-        """Forget gradients that no step was taken with, which must not be finite: DeepSpeed forgets no others."""
+        """Forget gradients that no step was taken with. DeepSpeed forgets only what is not finite, so finite ones are made so."""
         if not self.waiting:
             return
-        if math.isfinite(norm := self.gradient_norm()):
-            raise RuntimeError(f"gradients of norm {norm} are to be forgotten, and DeepSpeed forgets only what is not finite")
+        if math.isfinite(self.gradient_norm()):
+            self.accumulate([self._empty_pack()], lambda nll, shard: nll.sum() * math.nan)
         if self._run_step():
             raise RuntimeError(f"DeepSpeed {self.library.__version__} took a step with gradients that are not finite")
 
@@ -256,9 +256,11 @@ class DeepSpeedModel(ParallelModel):
 
     def _make_moments(self) -> None:
         """DeepSpeed makes AdamW's moments, wherever they are to be, in its first step: take one on an empty pack, at rate 0."""
-        empty = pack([], self.sequence_length, self.config.image_attention, self.config.vision.tile)
-        self.accumulate([empty], lambda nll, shard: nll.sum())
+        self.accumulate([self._empty_pack()], lambda nll, shard: nll.sum())
         self.step([0.0] * len(self.adamw.param_groups))
+
+    def _empty_pack(self) -> PackedBatch:
+        return pack([], self.sequence_length, self.config.image_attention, self.config.vision.tile)
 
     def _learning(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
@@ -318,7 +320,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.model.step([group["lr"] for group in self.param_groups])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients that no step was taken with, which must not be finite."""
+        """Forget gradients that no step was taken with."""
         self.model.drop_gradients()
 
 

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from torch.distributed.fsdp import FSDPModule, fully_shard
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from .compat import set_unshard_async
+from .compat import read_parameters, set_unshard_async
 from .mesh import World
 from .part import ModelPart
 
 
-def shard_part(part: ModelPart, world: World) -> None:
+def shard_part(part: ModelPart, world: World, compute: torch.dtype | None) -> None:
     """Shard the parameters of a part in place, block by block; what no block holds is gathered with the root.
 
     The decoder's over fsdp x cp, the tower's and the projector's over fsdp x cp x tp: every rank of a mesh sees other rows, or other
     tiles, and the reduction of FSDP is the whole reduction. Gradients are summed over ranks, not averaged, in the parameters'
-    dtype: the loss of each rank is already divided by the tokens of all.
+    dtype: the loss of each rank is already divided by the tokens of all. compute: the dtype that weights are rounded to before they
+    are gathered and used; their own if None.
     """
     assert world.meshes is not None
     reshard = not world.parallel.keeps_gathered
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32, cast_forward_inputs=False)
     tower = [*part.vision.blocks, part.vision, part.projector] if part.is_first else []
     for module in tower:
-        fully_shard(module, mesh=world.meshes.vision, reshard_after_forward=reshard)
+        fully_shard(module, mesh=world.meshes.vision, mp_policy=policy, reshard_after_forward=reshard)
     for block in part.language.blocks.values():
-        fully_shard(block, mesh=world.meshes.weights, reshard_after_forward=reshard)
-    fully_shard(part, mesh=world.meshes.weights)
+        fully_shard(block, mesh=world.meshes.weights, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(part, mesh=world.meshes.weights, mp_policy=policy)
     for module in part.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -42,3 +45,10 @@ def _prefetch(blocks: list) -> None:
     for block, after in pairwise(blocks):
         block.set_modules_to_forward_prefetch([after])
         after.set_modules_to_backward_prefetch([block])
+
+
+def round_weights(part: ModelPart, compute: torch.dtype) -> None:
+    """Let every module of a part that no mesh holds read its weights as FSDP would give them, rounded; their gradients stay wide."""
+
+    for module in part.modules():
+        read_parameters(module, lambda parameter: parameter.to(compute))

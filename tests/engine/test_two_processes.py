@@ -49,4 +49,4 @@ def test_resume_on_the_other_number_of_processes(tiny_config, tmp_path, train):
 def test_packs_that_do_not_divide(tiny_config, tmp_path, train):
     done = train([tiny_config({"data.packs_per_step": 3}), "--folder", tmp_path / "run"], nproc=2, check=False)
     assert done.returncode != 0
-    assert "data.packs_per_step = 3 is not a multiple of the 2 processes" in done.stderr
+    assert "data.packs_per_step = 3 is not a multiple of dp 1 x fsdp 2 = 2" in done.stderr

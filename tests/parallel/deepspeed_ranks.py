@@ -52,13 +52,13 @@ def gradients_of(model):
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
-def step(model, optimizer, packs, loss=pack_loss):
-    """A step on this replica's share of the packs; gives loss and norm."""
+def step(model, optimizer, packs, loss=pack_loss, take=True):
+    """A step on this replica's share of the packs, taken where it is finite and to be taken; gives loss and norm."""
     world, total = model.world, workload.denominator(packs)
     mine = packs[world.replica :: world.num_replicas]
     value = float(world.sum(model.accumulate(mine, lambda nll, shard: loss(nll, shard) / total)))
     norm = model.clip_gradients(workload.MAX_NORM)
-    if torch.isfinite(torch.tensor([value, norm])).all():
+    if take and torch.isfinite(torch.tensor([value, norm])).all():
         optimizer.step()
     optimizer.zero_grad()
     return value, norm
@@ -114,7 +114,8 @@ def whole(model):
 
 
 def skip(row, world):
-    """Three steps, and between them two that are not finite, on one rank alone: in the loss, and in gradients alone."""
+    """Three steps, and between them three that are not taken: two not finite on one rank alone, in the loss and in gradients alone, and
+    a finite one, as after a loss spike."""
     steps = workload.make_steps(row["variant"], torch.float32)
     found = []
     for spoil in (False, True):
@@ -124,6 +125,7 @@ def skip(row, world):
             if spoil:
                 skipped.append(step(model, optimizer, packs, lambda nll, shard: infinite(nll, shard, world)))
                 skipped.append(step(model, optimizer, packs, lambda nll, shard: steep(nll, shard, world)))
+                skipped.append(step(model, optimizer, packs, take=False))
             step(model, optimizer, packs)
         found.append({"skipped": skipped, "parameters": model.full_state(), "moments": whole(model)})
         model.close()

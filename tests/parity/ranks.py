@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import faults
+import recording
 import torch
 import torch.distributed as dist
 import workload
@@ -31,9 +32,9 @@ def pack_loss(nll, shard):
 
 
 def run_layout(case, world):
-    dtype = workload.DTYPES[case["dtype"]]
-    trainable = workload.TRAINABLE[case["trainable"]]
-    model = ParallelModel(workload.make_config(case["variant"]), world, 0, dtype, trainable, workload.LENGTH)
+    dtype, trainable = workload.DTYPES[case["dtype"]], workload.TRAINABLE[case["trainable"]]
+    config, autocast = workload.make_config(case["variant"]), case["dtype"] == "bfloat16"
+    model = ParallelModel(config, world, 0, dtype, trainable, workload.LENGTH, autocast=autocast)
     optimizer = workload.make_optimizer(p for _, p in model.named_parameters())
     result = {"loss": [], "norm": [], "clipped": [], "initial": {n: p.clone() for n, p in model.full_state().items()}}
     for step, packs in enumerate(workload.make_steps(case["variant"], dtype)):
@@ -78,9 +79,11 @@ def run_case(case, rank):
     timeout = timedelta(seconds=case["timeout"])
     dist.init_process_group("gloo", store=dist.FileStore(case["out"] + ".store", size), rank=rank, world_size=size, timeout=timeout)
     try:
-        world = World(rank, size, torch.device("cpu"), parallel, build_meshes(parallel, "cpu"))
+        world = World(rank, size, torch.device("cpu"), parallel, build_meshes(parallel, "cpu", timeout))
+        # Weights and keys on their way would wait for each other in one group.
+        assert len({group.group_name for _, group in world.groups}) == len(world.groups)
         with faults.planted(case["fault"]):
-            return run_layout(case, world)
+            return recording.run_steps(case, world) if "steps" in case else run_layout(case, world)
     finally:
         dist.destroy_process_group()
 

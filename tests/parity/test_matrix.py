@@ -36,13 +36,16 @@ ROWS = [
     (8, {"fsdp": 2, "tp": 2, "cp": 2}, {}),
     (8, {"pp": 2, "tp": 2, "fsdp": 2}, {}),
     (8, {"pp": 2, "cp": 2, "fsdp": 2}, {}),
+    (4, {"pp": 2, "cp": 2, "schedule": "zero_bubble"}, {}),
     (8, {"pp": 2, "cp": 2, "fsdp": 2, "schedule": "zero_bubble", "context": "scatter"}, {}),
     # What is computed again, and compiled.
     (2, {"fsdp": 2, "checkpointing": "full"}, {}),
     (4, {"fsdp": 2, "tp": 2, "checkpointing": "selective"}, {}),
     (4, {"pp": 2, "cp": 2, "schedule": "interleaved", "checkpointing": "full"}, {}),
+    (4, {"pp": 2, "fsdp": 2, "schedule": "zero_bubble", "checkpointing": "full"}, {}),
     (2, {"fsdp": 2, "reshard_after_forward": False, "prefetch": False}, {}),
     (2, {"fsdp": 2, "compile": True}, {}),
+    (2, {"cp": 2, "compile": True}, {}),
     (4, {"pp": 2, "fsdp": 2, "schedule": "zero_bubble", "compile": True}, {}),
     # Other models, other data, frozen parts.
     (4, {"pp": 2, "tp": 2}, {"variant": "untied"}),
@@ -64,6 +67,7 @@ LIMITS = {
 
 def name_of(row):
     size, parallel, special = row
+    special = special if isinstance(special, dict) else {}
     axes = "x".join(f"{k}{v}" for k, v in parallel.items() if isinstance(v, int) and not isinstance(v, bool))
     rest = [str(k if v is True else v) for k, v in parallel.items() if isinstance(v, str) or v is True]
     return "-".join([axes or f"{size}-process", *rest, *special.values()]).replace(" ", "_")
@@ -73,11 +77,11 @@ def relative(got, want):
     return max(abs(g - w) / abs(w) for g, w in zip(got, want, strict=True))
 
 
-def largest_error(got, want, error):
-    """Over tensors by name; infinite where one side has none."""
+def largest_error(got, want, error, floor=1e-3):
+    """Over tensors by name; infinite where one side has none. floor: in units of the RMS of all."""
     assert got.keys() == want.keys()
     present = [w.double() for w in want.values() if w is not None]
-    floor = 1e-3 * math.sqrt(sum(w.square().sum().item() for w in present) / sum(w.numel() for w in present))
+    floor *= math.sqrt(sum(w.square().sum().item() for w in present) / sum(w.numel() for w in present))
     errors = {}
     for name, tensor in want.items():
         one_sided = (tensor is None) != (got[name] is None)
@@ -100,6 +104,28 @@ def test_layout(row, workers, reference, error):
     assert found["initial"] == 0
     beyond = {key: value for key, value in found.items() if not value <= limits.get(key, EXACT)}
     assert not beyond, f"{beyond}; of gradients: {largest_error(got['gradients'], want['gradients'], error)}"
+
+
+# The layout, and whether products are cut as in one process: then the loss has its bits, for weights are rounded before they are
+# gathered, and sums are wide.
+IN_BFLOAT16 = [
+    (1, {}, True),
+    (4, {"dp": 2, "fsdp": 2}, True),
+    (4, {"pp": 2, "fsdp": 2, "schedule": "interleaved"}, True),
+    (4, {"cp": 2, "tp": 2}, False),
+]
+
+
+@pytest.mark.parametrize("row", IN_BFLOAT16, ids=name_of)
+def test_first_step_in_bfloat16(row, workers, reference, error):
+    size, parallel, same_products = row
+    got, want = workers.run(size, parallel, dtype="bfloat16"), reference(dtype="bfloat16")
+    assert got["loss"][0] == pytest.approx(want["loss"][0], rel=1e-12 if same_products else 2e-3)
+    assert got["evaluated"] == pytest.approx(want["loss"][0], rel=1e-6 if same_products else 2e-3)
+    assert got["norm"][0] == pytest.approx(want["norm"][0], rel=1e-3 if same_products else 2e-2)
+    # A unit of bf16 is 2^-8; a tied weight has the sum of two gradients, each rounded, or rounded together.
+    limit = 2**-7 if same_products else 0.1
+    assert largest_error(got["gradients"], want["gradients"], error, floor=1.0)[1] < limit
 
 
 # Each with a layout that would show it, and what is seen: a message, or numbers that differ.

@@ -23,7 +23,7 @@ LANGUAGE = LanguageConfig(
 )
 ALL = ("vision", "projector", "language")
 TRAINABLE = {"all": ALL, "frozen tower": ("projector", "language"), "projector only": ("projector",)}
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 # Runs of tokens and tiles, document by document, of packs of 64: spans and borders fall anywhere.
 LAYOUTS = [
     [[("text", 5), ("image", 3), ("text", 9)], [("text", 21)], [("image", 1), ("text", 4)]],
@@ -90,6 +90,15 @@ def norm_of(tensors):
     return sum(t.double().square().sum().item() for t in tensors) ** 0.5
 
 
+def losses(model, one, rounded):
+    if not rounded:
+        return model(one)
+    # Weights are rounded wherever they are used; what they are rounded from gets the gradient.
+    weights = {name: p.to(torch.bfloat16) for name, p in model.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        return torch.func.functional_call(model, weights, one)
+
+
 def run_reference(variant, trainable, dtype):
     """The plain model in one process: no mesh, no ranks, nothing of smalt.parallel."""
     model = build_model(make_config(variant), seed=0, dtype=DTYPES[dtype])
@@ -100,7 +109,7 @@ def run_reference(variant, trainable, dtype):
     for step, packs in enumerate(make_steps(variant, DTYPES[dtype])):
         total = 0.0
         for one in packs:
-            loss = (model(one) * one.loss_weight).sum() / denominator(packs)
+            loss = (losses(model, one, dtype == "bfloat16") * one.loss_weight).sum() / denominator(packs)
             loss.backward()
             total += loss.item()
         grads = [p.grad for p in model.parameters() if p.grad is not None]

@@ -1,0 +1,215 @@
+"""A checkpoint is trusted only when every byte is the one that was written."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from smalt.engine.checkpoints import CheckpointWriter, checkpoint_of_step, latest_checkpoint, load_tensors
+from smalt.engine.errors import UserError
+from smalt.parallel import alone
+
+SHARD = "shard-00000.safetensors"
+
+
+def values(step):
+    """The tensors of a step; any mixture of two steps is seen."""
+    return {
+        "model.a": torch.full((40, 30), float(step)),
+        "optimizer.step.a": torch.tensor(float(step)),
+        "random_state.0": torch.tensor([step] * 9),
+    }
+
+
+def writer(folder, keep=3):
+    def failed(message):
+        raise UserError(message)
+
+    return CheckpointWriter(folder, keep, alone(torch.device("cpu")), failed)
+
+
+def save(folder, steps, keep=3):
+    saving = writer(folder, keep)
+    for step in steps:
+        saving.save(step, values(step), {"note": "ü" * 40})
+    saving.wait()
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three whole checkpoints."""
+    save(tmp_path / "checkpoints", (1, 2, 3))
+    return tmp_path / "checkpoints"
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def flip(path, bit):
+    raw = bytearray(path.read_bytes())
+    raw[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(raw)
+
+
+def assert_loads(checkpoint, step):
+    assert (checkpoint.step, checkpoint.state["step"], checkpoint.state["note"]) == (step, step, "ü" * 40)
+    tensors = {name: torch.full_like(t, -1) for name, t in values(step).items()}
+    load_tensors(checkpoint, tensors)
+    assert all(torch.equal(tensors[name], t) for name, t in values(step).items())
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def header_bit(path):
+    # In the words by which DCP knows where a piece belongs.
+    return 8 * path.read_bytes().index(b"saved_offsets")
+
+
+DAMAGES = {
+    "shard cut off": (lambda f: truncate(f / SHARD), "shard-00000.safetensors has 5,", "bytes, 5,"),
+    "shard grown": (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes() + b"\0"), "shard-00000.safetensors has 5,"),
+    "shard gone": (lambda f: (f / SHARD).unlink(), "shard-00000.safetensors is missing"),
+    "shard empty": (lambda f: (f / SHARD).write_bytes(b""), "shard-00000.safetensors has 0 bytes"),
+    "bit of a tensor": (lambda f: flip(f / SHARD, 8 * 5000), "shard-00000.safetensors is not what was written: its checksum differs"),
+    "bit of DCP's metadata": (lambda f: flip(f / SHARD, header_bit(f / SHARD)), "shard-00000.safetensors is not what was written"),
+    "another's shard": (lambda f: shutil.copy(f / SHARD, f / "shard-00001.safetensors"), "shard-00001.safetensors is not of it"),
+    "shard of another step": (lambda f: shutil.copy(f.with_name("step-00000002") / SHARD, f / SHARD), "its checksum differs"),
+    "state cut off": (lambda f: truncate(f / "state.json"), "state.json has"),
+    "state gone": (lambda f: (f / "state.json").unlink(), "state.json is missing"),
+    "bit of the state": (lambda f: flip(f / "state.json", 100), "state.json is not what was written: its checksum differs"),
+    "checksums gone": (lambda f: (f / "checksums.json").unlink(), "checksums.json is missing"),
+    "checksums cut off": (lambda f: truncate(f / "checksums.json"), "checksums.json cannot be read"),
+    "state and checksums gone": (lambda f: [(f / n).unlink() for n in ("state.json", "checksums.json")], "state.json cannot be read"),
+    "all gone": (lambda f: [p.unlink() for p in f.iterdir()], "it holds no .safetensors file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_the_one_before_is_used(three, kind, capfd):
+    damage, *said = DAMAGES[kind]
+    newest = three / "step-00000003"
+    damage(newest)
+    left = {p.name: p.read_bytes() for p in newest.iterdir()}
+    assert_loads(latest_checkpoint(three), 2)
+    heard = capfd.readouterr().err
+    assert f"warning: checkpoint {newest} is damaged: " in heard
+    assert not [words for words in said if words not in heard]
+    assert "set aside as step-00000003.damaged" in heard
+    assert f"step 2 is used instead: {three / 'step-00000002'}" in heard
+    assert names(three) == ["step-00000001", "step-00000002", "step-00000003.damaged"]
+    assert {p.name: p.read_bytes() for p in (three / "step-00000003.damaged").iterdir()} == left
+    # The second time there is nothing to say.
+    assert latest_checkpoint(three).step == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_no_bit_of_any_file_can_flip_unseen(three):
+    newest, kept, draw = three / "step-00000003", three / "kept", random.Random(0)
+    shutil.copytree(newest, kept)
+    for name in names(kept):
+        size = 8 * (kept / name).stat().st_size
+        for bit in {0, size - 1, *draw.sample(range(size), 60)}:
+            flip(newest / name, bit)
+            assert latest_checkpoint(three).step == 2, (name, bit)
+            shutil.rmtree(three / "step-00000003.damaged")
+            shutil.copytree(kept, newest)
+    assert latest_checkpoint(three).step == 3
+
+
+def test_whole_ones_are_believed_in_silence(three, capfd):
+    assert_loads(latest_checkpoint(three), 3)
+    assert capfd.readouterr().err == ""
+    assert names(three) == ["step-00000001", "step-00000002", "step-00000003"]
+
+
+def test_a_file_that_is_none_of_ours_is_left_alone(three):
+    (three / "step-00000003" / "notes.txt").write_text("the good one")
+    assert latest_checkpoint(three).step == 3
+
+
+def test_only_when_none_is_left_it_is_an_error(three, capfd):
+    for step in (3, 2):
+        truncate(three / f"step-0000000{step}" / SHARD)
+    assert_loads(latest_checkpoint(three), 1)
+    assert capfd.readouterr().err.count("is damaged") == 2
+    truncate(three / "step-00000001" / "state.json")
+    with pytest.raises(
+        UserError, match=r"holds no whole checkpoint, only step-00000001\.damaged, step-00000002\.damaged, step-00000003\.damaged"
+    ):
+        latest_checkpoint(three)
+    assert names(three) == [f"step-0000000{n}.damaged" for n in (1, 2, 3)]
+
+
+def test_the_damaged_are_neither_counted_nor_removed(three):
+    truncate(three / "step-00000003" / SHARD)
+    assert latest_checkpoint(three).step == 2
+    save(three, (3, 4), keep=2)
+    assert names(three) == ["step-00000003", "step-00000003.damaged", "step-00000004"]
+    truncate(three / "step-00000003" / SHARD)
+    truncate(three / "step-00000004" / SHARD)
+    with pytest.raises(UserError):
+        latest_checkpoint(three)
+    assert names(three) == ["step-00000003.damaged", "step-00000003.damaged-2", "step-00000004.damaged"]
+
+
+def test_a_folder_that_cannot_be_changed_is_passed_over(tmp_path, capfd):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=True)
+    try:
+        save(folder, (1, 2))
+        truncate(folder / "step-00000002" / SHARD)
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        assert_loads(latest_checkpoint(folder), 1)
+        assert "it is passed over where it is, for it cannot be renamed" in capfd.readouterr().err
+        assert names(folder) == ["step-00000001", "step-00000002"]
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    save(tmp_path, (99_999_999, 100_000_000))
+    assert latest_checkpoint(tmp_path).step == 100_000_000
+
+
+def test_a_step_is_taken_or_refused_by_name(three):
+    assert_loads(checkpoint_of_step(three, 1), 1)
+    with pytest.raises(UserError, match=r"holds no checkpoint of step 7; the steps are 1, 2, 3"):
+        checkpoint_of_step(three, 7)
+    truncate(three / "step-00000001" / SHARD)
+    with pytest.raises(UserError, match=r"step-00000001 is damaged: shard-00000\.safetensors has"):
+        checkpoint_of_step(three, 1)
+    assert "step-00000001" in names(three)
+
+
+@pytest.fixture
+def old(tmp_path):
+    """Two checkpoints as version 0.2.1 wrote them."""
+    for step in (1, 2):
+        folder = tmp_path / f"step-0000000{step}"
+        dcp.save(values(step), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True), no_dist=True)
+        (folder / "state.json").write_text(json.dumps({"step": step, "note": "ü" * 40}))
+    return tmp_path
+
+
+def test_those_of_an_older_version_load(old, capfd):
+    assert_loads(latest_checkpoint(old), 2)
+    assert "step-00000002 has no checksums, as those of version 0.2.1" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001.safetensors", "state.json"])
+def test_those_of_an_older_version_are_refused_when_cut_off(old, name, capfd):
+    truncate(old / "step-00000002" / name)
+    assert_loads(latest_checkpoint(old), 1)
+    assert f"{name} cannot be read" in capfd.readouterr().err
+    assert "step-00000002.damaged" in names(old)

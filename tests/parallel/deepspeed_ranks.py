@@ -114,8 +114,8 @@ def whole(model):
 
 
 def skip(row, world):
-    """Three steps, and between them three that are not taken: two not finite on one rank alone, in the loss and in gradients alone, and
-    a finite one, as after a loss spike."""
+    """Three steps, and before each three that are not taken: not finite on one rank alone, in the loss and in gradients alone, and a
+    finite one, as of a loss spike."""
     steps = workload.make_steps(row["variant"], torch.float32)
     found = []
     for spoil in (False, True):

@@ -23,6 +23,7 @@ from .evaluation import evaluate, headline, scores_json, scores_table
 from .launch import Launch
 from .memory import explain_out_of_memory
 from .plots import plot_run
+from .preemption import Preemption
 from .progress import RunProgress
 from .run_folder import CHECKPOINTS, EVALUATION, PLOT, TRACES, RunFolder, read_metrics
 from .stage import RunData, Stage, StepResult
@@ -37,10 +38,10 @@ class Run:
         self.data = open_data(self.config)
         self.step = self.checkpoint.step if self.checkpoint else 0
         self.counters: Counter[str] = Counter(self.checkpoint.state["counters"] if self.checkpoint else {})
-        self.bad_steps = 0
+        self.bad_steps, self.stopping = 0, False
         self.model: ParallelModel | None = None
         self.progress = RunProgress(self.config.total_steps, self.step, world.is_main)
-        self.folder = RunFolder(launch.folder, self.config, world.is_main, self.step if self.checkpoint else None)
+        self.folder = RunFolder(launch.folder, self.config, world.is_main, self.step if self.checkpoint else None, launch.lock)
         first, count = self.config.logging.trace_first, self.config.logging.trace_steps
         self.recorder = TraceRecorder(launch.folder / TRACES, world.rank, first, count, world.groups, done=self.step)
         self.writer = CheckpointWriter(launch.folder / CHECKPOINTS, self.config.checkpoint.keep, world, self._checkpoint_failed)
@@ -81,15 +82,26 @@ class Run:
             values |= self._evaluate(config.evaluation.questions_during, final=False)
         self.folder.log(self.step, values, charts=last_of_stage or _due(self.step, config.logging.every))
         self.writer.poll()
-        if _due(self.step, config.checkpoint.every) or self.step == config.total_steps:
+        if _due(self.step, config.checkpoint.every) or self.step == config.total_steps or result.stop:
+            self.folder.sync()
             state = {"model": config.model.model_dump(), "counters": dict(self.counters), **stage.state()}
             self.writer.save(self.step, stage.tensors(), state)
         self._stop_if_diverged()
 
-    def finish(self) -> None:
+    def stop(self) -> None:
+        """End a run that was asked to, when its checkpoint is whole. Raises UserError when that cannot be written."""
+        self.stopping = True
+        self.recorder.close()
+        self.writer.wait()
+        self.progress.close()
+        self.progress.say(f"stopped after step {self.step}, which is saved; go on with --continue --folder {self.folder.path}")
+        self.folder.close()
+
+    def finish(self, preemption: Preemption) -> None:
         """The last save, the final evaluation, the plot."""
         self.recorder.close()
         self.writer.wait()
+        preemption.end_at_once()
         self._evaluate(self.config.evaluation.questions, final=True)
         self.progress.close()
         if self.world.is_main:
@@ -112,6 +124,8 @@ class Run:
             )
 
     def _checkpoint_failed(self, message: str) -> None:
+        if self.stopping:
+            raise UserError(f"{message}; stopped, as it was asked to")
         if self.config.checkpoint.on_error == "stop":
             raise UserError(f"{message}; stopped, as checkpoint.on_error says")
         self.counters["checkpoints failed"] += 1

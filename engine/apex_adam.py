@@ -14,7 +14,7 @@ from torch import Tensor
 from smalt.parallel.layout import local_gradient, local_part
 
 from .errors import UserError
-from .optimizer_state import adamw_state
+from .optimizer_state import adamw_state, loss_of
 
 _INSTALL = (
     "build NVIDIA's from https://github.com/NVIDIA/apex with its C++ and CUDA extensions (not `pip install apex`, which is another "
@@ -74,10 +74,7 @@ class ApexAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({key: value for key, value in group.items() if key != "params"})
             members = [p for p in group["params"] if p.grad is not None]

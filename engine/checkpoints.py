@@ -66,7 +66,7 @@ class CheckpointWriter:
         self.snapshot = Snapshot()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # Collectives of a save run in its thread: on the group of training they would mix with those of the step.
-        self.group = dist.new_group(backend="gloo") if world.meshes is not None else None
+        self.group = dist.new_group(backend="gloo", timeout=world.timeout) if world.meshes is not None else None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(f"*{PARTIAL}"):
@@ -154,6 +154,12 @@ def checkpoint_of_step(folder: Path, step: int) -> Checkpoint:
     if checkpoint is None:
         raise UserError(f"checkpoint {found[step]} is damaged: {damage}; choose another step")
     return checkpoint
+
+
+def checkpoint_before(folder: Path, step: int) -> Checkpoint | None:
+    """The newest whole checkpoint of that step or earlier; None where there is none."""
+    candidates = [path for path in _committed(folder) if _step(path) <= step]
+    return next((found for path in reversed(candidates) if (found := _examine(path)[0])), None)
 
 
 def check_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:

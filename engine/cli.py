@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -125,18 +126,30 @@ def trace(
         json: Write everything to this file too.
         plot: Draw the last recorded step of each rank, and covered and exposed time by axis, into this file.
     """
-    from json import dumps
-
     from smalt.profiling.trace_report import overlap_report, plot_overlap, print_overlap
     from smalt.profiling.traces import read_traces
 
     traces = read_traces(folder)
     report = overlap_report(traces)
     print_overlap(report)
-    if json is not None:
-        json.write_text(dumps(report, indent=2) + "\n")
+    _write_json(json, report)
     if plot is not None:
         plot_overlap(traces, report, plot)
+
+
+@app.command
+def memory(write: bool = False) -> None:
+    """What a rank holds, by model and layout: weights, gradients, optimiser state, gathered weights, inputs of blocks.
+
+    Args:
+        write: Put the table into docs/parallel.md.
+    """
+    from smalt.profiling.memory import memory_table, print_memory, write_docs
+
+    rows = memory_table()
+    print_memory(rows)
+    if write:
+        write_docs(rows)
 
 
 @bench.command
@@ -198,7 +211,7 @@ def kernels(
 
 @bench.command
 def overlap(rounds: int = 5, steps: int = 2, json: Path | None = None, traces: Path | None = None) -> None:
-    """Which collectives of sharded data parallel overlap with compute, and how long the rest take, with and without prefetch.
+    """Which collectives of sharded data parallel and of context parallel overlap with compute, and how long the rest take.
 
     Args:
         rounds: Times that all contestants take their turn.
@@ -206,14 +219,11 @@ def overlap(rounds: int = 5, steps: int = 2, json: Path | None = None, traces: P
         json: Write the results to this file too.
         traces: Keep the traces in this folder, for smalt trace; a temporary one when not given.
     """
-    from json import dumps
-
     from smalt.profiling.bench_overlap import bench_overlap, print_report
 
     result = bench_overlap(rounds, steps, traces)
     print_report(result)
-    if json is not None:
-        json.write_text(dumps(result, indent=2) + "\n")
+    _write_json(json, result)
 
 
 @bench.command
@@ -255,6 +265,24 @@ def checkpoint(
         print_report(
             bench_checkpoint(sizes, writer, training_tensors, rounds=rounds, steps=steps, step_seconds=step_seconds, threads=threads)
         )
+
+
+@bench.command
+def tiles(rounds: int = 7, steps: int = 1, tokens: int = 2048, tiles: int = 48, json: Path | None = None) -> None:
+    """What it gains to share the tiles of a pack out over the ranks of cp and tp, against the vision tower on every rank.
+
+    Args:
+        rounds: Times that all contestants take their turn.
+        steps: Steps of a turn.
+        tokens: Tokens of the pack.
+        tiles: Tiles of the pack.
+        json: Write the results to this file too.
+    """
+    from smalt.profiling.bench_tiles import bench_tiles, print_report
+
+    result = bench_tiles(rounds, steps, tokens, tiles)
+    print_report(result)
+    _write_json(json, result)
 
 
 @compiled.command
@@ -337,6 +365,11 @@ def tune(kernel: str | None = None, candidates: int = 8, write: bool = False) ->
     from smalt.profiling.kernels.tune import tune_kernels
 
     tune_kernels(kernel, candidates, write)
+
+
+def _write_json(path: Path | None, value: object) -> None:
+    if path is not None:
+        path.write_text(dumps(value, indent=2) + "\n")
 
 
 def main() -> int:

@@ -110,6 +110,23 @@ class OptimizerConfig(Section):
         return self
 
 
+class SpikesConfig(Section):
+    enabled: bool = False
+    """Skip the updates of loss spikes, and go back to a checkpoint when they do not end."""
+    window: int = Field(128, ge=16)
+    """Steps that a step is compared with; the first ones of a stage are not judged."""
+    sigmas: float = Field(6.0, gt=0, allow_inf_nan=False)
+    """Robust standard deviations above the median at which the loss, or the logarithm of the gradient norm, is a spike."""
+    skips: int = Field(4, ge=1)
+    """Spikes in a row after which the weights go back to a checkpoint; the data goes on."""
+    raised: int = Field(64, ge=2)
+    """Steps in a row with a loss above half of that limit after which they go back too."""
+    rollback_steps: int = Field(100, ge=0)
+    """Steps by which the checkpoint must be older than the first of them."""
+    max_rollbacks: int = Field(3, ge=0)
+    """Times that a stage may go back; then the run stops."""
+
+
 class CheckpointConfig(Section):
     every: int = Field(500, ge=1)
     """Steps between checkpoints; one is also written at the end of the run."""
@@ -176,6 +193,8 @@ class RunConfig(Section):
     """Layout over the processes; docs/parallel.md."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How the weights are updated."""
+    spikes: SpikesConfig = SpikesConfig()
+    """Loss spikes."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -191,6 +210,12 @@ class RunConfig(Section):
             if unknown := set(stage.mixture) - set(self.data.sources):
                 known = ", ".join(self.data.sources)
                 raise ValueError(f"stages.{name}.mixture names {', '.join(sorted(unknown))}; data.sources has {known}")
+        reach = self.checkpoint.keep * self.checkpoint.every
+        if self.spikes.enabled and reach <= self.spikes.rollback_steps:
+            raise ValueError(
+                f"spikes.rollback_steps = {self.spikes.rollback_steps} goes beyond the oldest checkpoint: checkpoint.keep "
+                f"{self.checkpoint.keep} x every {self.checkpoint.every} = {reach} steps"
+            )
         if unknown := set(self.evaluation.budget_tasks) - set(self.evaluation.sources):
             raise ValueError(f"evaluation.budget_tasks names {', '.join(sorted(unknown))}, which evaluation.sources lacks")
         return self

@@ -7,19 +7,19 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import torch.distributed as dist
 import tyro
 
 from smalt.model import PRESETS
-from smalt.parallel import World, join_world
+from smalt.parallel import Watchdog, World, join_world
 
 from .checkpoints import Checkpoint, check_architecture, holds_checkpoints, latest_checkpoint
 from .config import RunConfig, load_config, parse_config
 from .errors import UserError
-from .run_folder import CHECKPOINTS, latest_run, lock_folder, new_run, read_config, run_of_this_torchrun
+from .run_folder import CHECKPOINTS, STALLS, latest_run, lock_folder, new_run, read_config, run_of_this_torchrun
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.toml"
 _USAGE = """\
@@ -94,24 +94,28 @@ def join(config: RunConfig) -> World:
         raise UserError(str(error)) from error
 
 
+def watch(world: World, folder: Path) -> Watchdog:
+    """A watchdog over the run, that knows the axes by name."""
+    limit = timedelta(seconds=world.parallel.watchdog_seconds)
+    watchdog = Watchdog(world.rank, world.size, limit, world.store, folder / STALLS)
+    for axis, group in world.groups:
+        watchdog.name_group(group, axis)
+    return watchdog
+
+
 def agree_on_folder(launch: Launch, world: World) -> Launch:
     """The launch with the folder of the first process, each made the name of its own from the time, and with the checkpoint that the
     first process has verified. Raises UserError on every process when there is none, or when it is of another architecture."""
-    answer: list[Any] = [None, None, None]
-    lock = None
-    if world.is_main:
-        try:
-            if launch.resume and launch.folder.exists() and not launch.dry_run:
-                # Workers that outlive their torchrun take as long as that to see it, save and end.
-                lock = lock_folder(launch.folder, launch.config.checkpoint.grace_seconds + 30)
-            answer = [launch.folder, _checkpoint(launch), None]
-        except UserError as error:
-            answer[2] = error
-    if world.meshes is not None:
-        dist.broadcast_object_list(answer, src=0)
-    folder, checkpoint, refusal = answer
-    if refusal is not None:
-        raise refusal
+    lock: IO[str] | None = None
+
+    def look() -> tuple[Path, Checkpoint | None]:
+        nonlocal lock
+        if launch.resume and launch.folder.exists() and not launch.dry_run:
+            # Workers that outlive their torchrun take as long as that to see it, save and end.
+            lock = lock_folder(launch.folder, launch.config.checkpoint.grace_seconds + 30)
+        return launch.folder, _checkpoint(launch)
+
+    folder, checkpoint = world.agree(look)
     return replace(launch, folder=folder, checkpoint=checkpoint, lock=lock)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from smalt.parallel.layout import local_part
 
 from .errors import UserError
 
@@ -46,5 +47,5 @@ def explain_out_of_memory(
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_part(tensor)
     return local.numel() * local.element_size()

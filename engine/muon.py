@@ -20,7 +20,7 @@ from torch.optim.adamw import adamw
 from smalt.parallel.layout import local_gradient, local_part
 from smalt.parallel.whole import rounds
 
-from .optimizer_state import adamw_state
+from .optimizer_state import adamw_state, loss_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -78,10 +78,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         group_of = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
         for p, group in group_of.items():
             self.make_state(p, group)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smalt.parallel.layout import local_gradient, local_part
 
-from .optimizer_state import adamw_state
+from .optimizer_state import adamw_state, loss_of
 
 BUCKET = 1 << 25
 """Elements that are moved and stepped at a time."""
@@ -60,10 +60,7 @@ class Offloaded(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({key: value for key, value in group.items() if key != "params"})
         buckets = _buckets(p for group in self.param_groups for p in group["params"] if p.grad is not None)

@@ -1,9 +1,19 @@
-"""The state of AdamW before its first step, as every implementation here names it."""
+"""What the optimisers of the engine share: the state of AdamW before its first step, as all of them name it, and the closure."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+
+def loss_of(closure: Callable[[], float] | None) -> float | None:
+    """What an optimiser's ``step`` returns: the loss of the closure that it was given, whose backward pass wants gradients."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def adamw_state(p: Tensor, dtype: torch.dtype | None = None, *, on_cpu: bool = False, count_on_cpu: bool = False) -> dict[str, Tensor]:

@@ -15,10 +15,12 @@ from typing import IO, Any
 from .config import RunConfig, parse_config
 from .data.stream import SkippedSample
 from .errors import UserError
+from .spikes import SPIKES
 from .tensor_files import sync_folder, write_file
 
-CONFIG, METRICS, SKIPPED, EVALUATION, PLOT, CHECKPOINTS, TRACES = (
+CONFIG, METRICS, SKIPPED, EVALUATION, PLOT, CHECKPOINTS, TRACES, STALLS = (
     "config.json", "metrics.jsonl", "skipped.jsonl", "evaluation.json", "evaluation.png", "checkpoints", "traces",
+    "stalls.txt",
 )  # fmt: skip
 # What tells whose the folder is: the id of the torchrun that writes there, and the file that its main process locks.
 TORCHRUN, LOCK = "torchrun_id", "lock"
@@ -127,7 +129,7 @@ class RunFolder:
             write_file(path / f"{CONFIG}.partial", [config.model_dump_json(indent=1).encode()])
             (path / f"{CONFIG}.partial").rename(path / CONFIG)
             sync_folder(path)
-        for name in (METRICS, SKIPPED):
+        for name in (METRICS, SKIPPED, SPIKES):
             _drop_after(path / name, resume_step or 0)
         self.metrics = (path / METRICS).open("a")
         self.skipped = (path / SKIPPED).open("a")

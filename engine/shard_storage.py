@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from smalt.parallel.compat import OFFSETS_KEY, PIECES_KEY
+from smalt.parallel.layout import local_part
 
 from .tensor_files import SUFFIX, FileRecord, write_tensors
 
@@ -55,7 +56,7 @@ class Snapshot:
             self.items = create_default_local_save_plan(tensors, is_coordinator=False).items
             self._layout = layout
         for name, tensor in tensors.items():
-            self.copies[name].copy_(_local(tensor), non_blocking=True)
+            self.copies[name].copy_(local_part(tensor), non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors.values()):
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -68,7 +69,7 @@ class Snapshot:
     def _memory(self, name: str, layout: tuple[Any, ...], tensor: Tensor) -> Tensor:
         if self._layout.get(name) == layout:
             return self.copies[name]
-        local = _local(tensor)
+        local = local_part(tensor)
         return torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
 
 
@@ -140,10 +141,6 @@ class _ShardStorage(dcp.StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
         return True
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

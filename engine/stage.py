@@ -26,6 +26,7 @@ from .memory import explain_out_of_memory
 from .norms import module_norms, optimizer_norms
 from .objectives import pack_loss
 from .optimizers import build_optimizer, learning_rate, set_learning_rate, trainable_parts
+from .spikes import OK, SpikeRule, Verdict
 
 # With bfloat16 the weights stay float32, and are rounded before they are used.
 PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
@@ -44,13 +45,14 @@ class RunData:
 @dataclass(frozen=True)
 class StepResult:
     """loss: nats a token over all ranks; grad_norm: before clipping; skipped: why no step was taken, or None; norms: L2 norms by
-    module where they are due, of weights before the step, of clipped gradients and of the optimiser's state; stop: a rank was asked
-    to end the run, the same on all of them."""
+    module where they are due, of weights before the step, of clipped gradients and of the optimiser's state; verdict: of the rule
+    for loss spikes; stop: a rank was asked to end the run, the same on all of them."""
 
     loss: float
     grad_norm: float
     skipped: str | None = None
     norms: dict[str, float] = field(default_factory=dict)
+    verdict: Verdict = OK
     stop: bool = False
 
 
@@ -81,10 +83,20 @@ class Stage:
         if checkpoint is not None:
             self.done, self.loader_state = checkpoint.state["stage_step"], PackerState(**checkpoint.state["loader"])
             self._restore(checkpoint)
+        self.rule = SpikeRule(config.spikes, checkpoint.state.get("spikes") if checkpoint else None)
+        names = list(config.stages)
+        self.first_step = sum(config.stages[earlier].steps for earlier in names[: names.index(name)])
         self.rate = 0.0
         limit = config.data.validation_documents
         self.validation = ValidationSet(data.validation, data.encoder, limit, length, config.model, world)
         self.loader = self._loader(data)
+
+    def roll_back(self, checkpoint: Checkpoint) -> None:
+        """Take weights and optimiser state of a checkpoint of this stage; the data goes on where it is."""
+        tensors = self.tensors()
+        del tensors[self._random_state]
+        load_tensors(checkpoint, tensors)
+        self.rule.rolled_back(checkpoint.state.get("spikes", {}))  # version 0.2 had none
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         tensors = self.tensors()
@@ -108,7 +120,7 @@ class Stage:
             yield next(self.loader)
 
     def train_step(self, batch: StepBatch, asked_to_stop: bool = False) -> StepResult:
-        """Forward and backward over this replica's packs, one reduction, clip, AdamW.
+        """Forward and backward over this replica's packs, one reduction, clip, and, unless it is to be skipped, the update.
 
         asked_to_stop: of this rank; all hear of it with the loss. A step without a loss token leaves it to the next one.
         """
@@ -123,10 +135,12 @@ class Stage:
             norm = self.model.clip_gradients(self.run_config.optimizer.clip)
             finite = math.isfinite(loss) and math.isfinite(norm)
             norms = self._norms()
-            if finite:
+            verdict = self.rule.see(self.first_step + self.done, loss, norm)
+            skipped = "non-finite" if not finite else "spike" if verdict.action != "ok" else None
+            if skipped is None:
                 self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(loss, norm, None if finite else "non-finite", norms, stop=askers > 0)
+        return StepResult(loss, norm, skipped, norms, verdict, stop=askers > 0)
 
     def _norms(self) -> dict[str, float]:
         every = self.run_config.logging.norms_every
@@ -168,6 +182,7 @@ class Stage:
             "stage_step": self.done,
             "loader": asdict(self.loader_state),
             "processes": self.world.size,
+            "spikes": self.rule.state(),
         }
 
     def close(self) -> None:

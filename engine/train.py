@@ -7,14 +7,14 @@ import sys
 import time
 
 from smalt.engine.errors import BadRecord, UserError
-from smalt.engine.launch import Launch, agree_on_folder, join, parse_launch
+from smalt.engine.launch import Launch, agree_on_folder, join, parse_launch, watch
 from smalt.engine.preemption import Preemption
 from smalt.engine.trainer import Run, dry_run
-from smalt.parallel import World, leave_world
+from smalt.parallel import Watchdog, World, leave_world
 
 
-def train(launch: Launch, world: World, preemption: Preemption) -> None:
-    run = Run(launch, world)
+def train(launch: Launch, world: World, watchdog: Watchdog, preemption: Preemption) -> None:
+    run = Run(launch, world, watchdog)
     for stage in run.stages():
         started = time.perf_counter()
         for batch in stage.batches():
@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> int:
                 if world.is_main:
                     print(plan)
             else:
-                train(launch, world, preemption)
+                with watch(world, launch.folder) as watchdog:
+                    train(launch, world, watchdog, preemption)
             leave_world(world)
     except (UserError, BadRecord) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from smalt.model import ModelConfig, MultimodalModel, build_model, count_parameters
-from smalt.parallel import ParallelModel, World
+from smalt.parallel import FIRST_STEP, ParallelModel, Watchdog, World
 from smalt.profiling.record import TraceRecorder
 
-from .checkpoints import CheckpointWriter
+from .checkpoints import CheckpointWriter, checkpoint_before
 from .config import RunConfig
 from .data.chat import ChatEncoder, ImageShape
 from .data.images import ImageLimits
@@ -26,14 +26,16 @@ from .plots import plot_run
 from .preemption import Preemption
 from .progress import RunProgress
 from .run_folder import CHECKPOINTS, EVALUATION, PLOT, TRACES, RunFolder, read_metrics
+from .spikes import SPIKES, Verdict, write_spike
 from .stage import RunData, Stage, StepResult
 
 
 class Run:
     """Data, logs, checkpoints and counters; ``stages`` hands the weights on."""
 
-    def __init__(self, launch: Launch, world: World):
+    def __init__(self, launch: Launch, world: World, watchdog: Watchdog):
         self.config, self.world, self.checkpoint = launch.config, world, launch.checkpoint
+        self.watchdog = watchdog
         _check_layout(self.config, world)
         self.data = open_data(self.config)
         self.step = self.checkpoint.step if self.checkpoint else 0
@@ -43,7 +45,7 @@ class Run:
         self.progress = RunProgress(self.config.total_steps, self.step, world.is_main)
         self.folder = RunFolder(launch.folder, self.config, world.is_main, self.step if self.checkpoint else None, launch.lock)
         first, count = self.config.logging.trace_first, self.config.logging.trace_steps
-        self.recorder = TraceRecorder(launch.folder / TRACES, world.rank, first, count, world.groups, done=self.step)
+        self.recorder = TraceRecorder(launch.folder / TRACES, world.rank, first, count, done=self.step)
         self.writer = CheckpointWriter(launch.folder / CHECKPOINTS, self.config.checkpoint.keep, world, self._checkpoint_failed)
 
     def stages(self) -> Iterator[Stage]:
@@ -56,7 +58,8 @@ class Run:
             weights = dict(self.model.named_parameters()) if self.model is not None else None
             checkpoint = self.checkpoint if name == started else None
             stage = Stage(self.config, name, self.world, self.data, weights, checkpoint)
-            self.model = stage.model
+            self.model, weights = stage.model, None  # the last stage's weights are given up
+            self.watchdog.beat(self.step, FIRST_STEP)
             try:
                 yield stage
             finally:
@@ -77,22 +80,28 @@ class Run:
             **{f"documents/{source}": n for source, n in sorted(batch.documents.items())}, **self.counters, **result.norms,
         }  # fmt: skip
         if last_of_stage or _due(self.step, config.logging.validate_every):
-            values |= stage.validate()
+            with self.watchdog.pause("validation"):
+                values |= stage.validate()
         if _due(self.step, config.evaluation.every) and self.step < config.total_steps:
             values |= self._evaluate(config.evaluation.questions_during, final=False)
         self.folder.log(self.step, values, charts=last_of_stage or _due(self.step, config.logging.every))
         self.writer.poll()
+        # Before the save: what goes on from it must not judge this step again, nor have the weights that were given up.
+        self._answer_spike(stage, batch, result)
         if _due(self.step, config.checkpoint.every) or self.step == config.total_steps or result.stop:
             self.folder.sync()
             state = {"model": config.model.model_dump(), "counters": dict(self.counters), **stage.state()}
-            self.writer.save(self.step, stage.tensors(), state)
+            with self.watchdog.pause("a checkpoint"):
+                self.writer.save(self.step, stage.tensors(), state)
         self._stop_if_diverged()
+        self.watchdog.beat(self.step)
 
     def stop(self) -> None:
         """End a run that was asked to, when its checkpoint is whole. Raises UserError when that cannot be written."""
         self.stopping = True
         self.recorder.close()
-        self.writer.wait()
+        with self.watchdog.pause("the last checkpoint"):
+            self.writer.wait()
         self.progress.close()
         self.progress.say(f"stopped after step {self.step}, which is saved; go on with --continue --folder {self.folder.path}")
         self.folder.close()
@@ -100,7 +109,8 @@ class Run:
     def finish(self, preemption: Preemption) -> None:
         """The last save, the final evaluation, the plot."""
         self.recorder.close()
-        self.writer.wait()
+        with self.watchdog.pause("the last checkpoint"):
+            self.writer.wait()
         preemption.end_at_once()
         self._evaluate(self.config.evaluation.questions, final=True)
         self.progress.close()
@@ -123,6 +133,31 @@ class Run:
                 "learning_rate or raise warmup_steps of the stage, then --resume from the last checkpoint"
             )
 
+    def _answer_spike(self, stage: Stage, batch: StepBatch, result: StepResult) -> None:
+        """Write down whose samples a spike had; go back to a checkpoint, or stop, where the rule says so. The data goes on."""
+        verdict = result.verdict
+        if verdict.action == "ok":
+            return
+        if self.world.is_main:
+            write_spike(self.folder.path, self.step, verdict, result.loss, result.grad_norm, batch.samples)
+        if verdict.action == "stop":
+            self.writer.wait()
+            raise UserError(f"step {self.step}: {verdict.reason}; the samples are in {self.folder.path / SPIKES}")
+        if verdict.action == "rollback":
+            with self.watchdog.pause("a rollback"):
+                self._roll_back(stage, verdict)
+
+    def _roll_back(self, stage: Stage, verdict: Verdict) -> None:
+        self.writer.wait()
+        checkpoint = self.world.agree(lambda: checkpoint_before(self.folder.path / CHECKPOINTS, verdict.before))
+        if checkpoint is None or checkpoint.state["stage"] != stage.name:
+            stage.rule.accept()
+            self.progress.say(f"step {self.step}: {verdict.reason}; there is no checkpoint of this stage to go back to, going on")
+            return
+        stage.roll_back(checkpoint)
+        self.counters["rollbacks"] += 1
+        self.progress.say(f"step {self.step}: {verdict.reason}; the weights go back to those of step {checkpoint.step}")
+
     def _checkpoint_failed(self, message: str) -> None:
         if self.stopping:
             raise UserError(f"{message}; stopped, as it was asked to")
@@ -137,7 +172,7 @@ class Run:
             return {}
         config = self.config.evaluation
         advice = f"a smaller evaluation.batch (now {config.batch}) or evaluation.max_tokens (now {config.max_tokens})"
-        with explain_out_of_memory(self.model.parameters(), None, "evaluation", advice):
+        with self.watchdog.pause("evaluation"), explain_out_of_memory(self.model.parameters(), None, "evaluation", advice):
             model = whole_model(self.model, self.config.model)
             scores = evaluate(model, self.data.encoder, self.data.questions, config, questions, self.world, self.progress.evaluation)
         if final:

@@ -43,19 +43,17 @@ class MultimodalModel(nn.Module):
         if image_index.shape[0] != expected:
             raise ValueError(f"{image_index.shape[0]} image rows for {tiles.shape[0]} tiles; the tiles make {expected} tokens")
         x = residual_stream(self.language.embedding(tokens))
-        if tiles.shape[0]:
-            return x.index_copy(0, image_index, self.see(tiles).to(x.dtype))
-        # A pack without images still runs the tower: on a mesh the collectives of a step are the same on every rank whatever its data.
-        return x + self.see_nothing(x).sum().to(x.dtype)
+        return x.index_copy(0, image_index, self.see(tiles.to(x.dtype)).to(x.dtype))
 
     def see(self, tiles: Tensor) -> Tensor:
         """Tiles [N, 3, S, S] as rows of the language model, [V, C]."""
-        return self.projector(self.vision(tiles))
+        return self.projector(self.vision(tiles)) if len(tiles) else self.see_nothing(tiles)
 
-    def see_nothing(self, like: Tensor) -> Tensor:
-        """The rows of one blank tile with weight 0, of a dtype and a device. Connected to the loss: every weight has a gradient."""
+    def see_nothing(self, tiles: Tensor) -> Tensor:
+        """What is seen of no tile, [0, C]. The tower runs all the same, on a blank one: every weight has a gradient, if of zeros, and
+        on a mesh the collectives of a step are the same on every rank, whatever its data."""
         side = self.config.vision.tile
-        return 0.0 * self.see(like.new_zeros(1, 3, side, side))
+        return self.projector(self.vision(tiles.new_zeros(1, 3, side, side)))[:0]
 
 
 def residual_stream(x: Tensor) -> Tensor:

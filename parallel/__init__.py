@@ -4,5 +4,6 @@ from .batch import PackShard
 from .config import ParallelConfig
 from .mesh import World, alone, join_world, leave_world
 from .model import ParallelModel
+from .watchdog import FIRST_STEP, Watchdog
 
-__all__ = ["PackShard", "ParallelConfig", "ParallelModel", "World", "alone", "join_world", "leave_world"]
+__all__ = ["FIRST_STEP", "PackShard", "ParallelConfig", "ParallelModel", "Watchdog", "World", "alone", "join_world", "leave_world"]

@@ -54,10 +54,9 @@ def shard_pack(batch: PackedBatch, tokens_per_tile: int, world: World) -> PackSh
     """This rank's share. ``batch`` is the whole pack, on the CPU or on the rank's device."""
     parallel, place, device = world.parallel, world.coordinates, world.device
     kv_start, kv_end = batch.kv_start.cpu().numpy(), batch.kv_end.cpu().numpy()
-    chunks = parallel.context_chunks if parallel.context == "gather" and parallel.cp > 1 else 1
-    rows = deal_rows(kv_start, kv_end, parallel.cp, chunks)
+    rows = deal_rows(kv_start, kv_end, parallel.cp, parallel.chunks_a_rank)
     gathers = parallel.cp > 1 and parallel.context == "gather"
-    rounds = plan_rounds(kv_start, kv_end, rows, place["cp"], chunks, device) if gathers else []
+    rounds = plan_rounds(kv_start, kv_end, rows, place["cp"], parallel.chunks_a_rank, device) if gathers else []
     mine = torch.from_numpy(rows[place["cp"]])
 
     def of_rows(x: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ class ParallelConfig(BaseModel):
     """torch.compile of every block."""
     memory_budget: float | None = Field(None, ge=0, le=1)
     """With compile: share of a block's activations that is kept, the rest is computed again; torch chooses which."""
+    watchdog_seconds: float = Field(300, ge=0)
+    """Seconds without the end of a step, while a collective waits, after which the run ends and says which and where; 0: never."""
     async_tp: bool = False
     """With compile, on GPUs whose links allow it: collectives of tp inside the products beside them (symmetric memory)."""
 
@@ -58,23 +60,27 @@ class ParallelConfig(BaseModel):
             raise ValueError(f"memory_budget and checkpointing = {self.checkpointing!r} both choose what is kept; use one")
         if self.async_tp and not (self.compile and self.tp > 1):
             raise ValueError("async_tp needs compile = true and tp above 1")
-        if self.schedule == "zero_bubble" and self.pp > 1:
-            if self.reshard_after_forward:
-                raise ValueError(
-                    'schedule "zero_bubble" with reshard_after_forward = true loses gradients: the weights\' half of backward would '
-                    "meet weights that were given up; leave reshard_after_forward out"
-                )
-            if self.checkpointing != "none":
-                raise ValueError(
-                    f'schedule "zero_bubble" with checkpointing = {self.checkpointing!r}: backward comes in halves, and what was '
-                    'computed again for the first is gone in the second; use another schedule, or checkpointing = "none"'
-                )
+        if self.schedule == "zero_bubble" and self.pp > 1 and self.reshard_after_forward:
+            raise ValueError(
+                'schedule "zero_bubble" with reshard_after_forward = true loses gradients: the weights\' half of backward would '
+                "meet weights that were given up; leave reshard_after_forward out"
+            )
+        if self.schedule == "zero_bubble" and self.pp > 1 and self.checkpointing == "selective":
+            raise ValueError(
+                'schedule "zero_bubble" with checkpointing = "selective": backward comes in halves, and torch gives out what it kept '
+                'once; use checkpointing = "full" or "none", or another schedule'
+            )
         return self
 
     @property
     def num_stages(self) -> int:
         """Pipeline stages over all ranks."""
         return self.pp * (1 if self.pp == 1 or self.schedule == "1f1b" else self.virtual_stages)
+
+    @property
+    def chunks_a_rank(self) -> int:
+        """Chunks of rows that a rank of cp holds; 1 where the rows of a rank follow one another."""
+        return self.context_chunks if self.cp > 1 and self.context == "gather" else 1
 
     @property
     def keeps_gathered(self) -> bool:
@@ -109,11 +115,10 @@ class ParallelConfig(BaseModel):
                     f'context = "scatter": {kv_heads} key and value heads a rank of tp neither divide over cp = {self.cp} nor can be '
                     'repeated to it; use "gather"'
                 )
-        chunks = self.context_chunks if self.cp > 1 and self.context == "gather" else 1
-        if sequence_length % math.lcm(self.cp * chunks, self.cp * self.tp):
+        if sequence_length % math.lcm(self.cp * self.chunks_a_rank, self.cp * self.tp):
             wrong.append(
-                f"sequence_length = {sequence_length} is not a multiple of cp {self.cp} x context_chunks {chunks} and of cp {self.cp} "
-                f"x tp {self.tp}"
+                f"sequence_length = {sequence_length} is not a multiple of cp {self.cp} x context_chunks {self.chunks_a_rank} and of "
+                f"cp {self.cp} x tp {self.tp}"
             )
         if self.num_stages > text.num_layers:
             wrong.append(f"{self.num_stages} pipeline stages for model.language.num_layers = {text.num_layers}")

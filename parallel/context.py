@@ -19,7 +19,7 @@ from smalt.kernels import AttentionPlan, attention, attention_plan, merge_attent
 from smalt.model.cost import deal_chunks
 from smalt.model.language import Rows
 
-from .compat import all_gather, all_to_all
+from .compat import all_to_all, finish, launch_all_gather, launch_reduce_scatter
 
 
 def deal_rows(kv_start: np.ndarray, kv_end: np.ndarray, num_ranks: int, chunks: int) -> np.ndarray:
@@ -47,21 +47,51 @@ class Round:
     plan: AttentionPlan
 
 
+class _Leaving(torch.autograd.Function):
+    """Rows in equal chunks, to be gathered. Backward waits for their gradients, which :class:`_Arriving` launched."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, num: int) -> tuple[Tensor, ...]:
+        return x.chunk(num)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):  # type: ignore[override]
+        return torch.cat([finish(gradient) for gradient in gradients]), None
+
+
+class _Arriving(torch.autograd.Function):
+    """A chunk of all ranks, whose all-gather was launched before. Backward launches the way home of its gradient, and goes on."""
+
+    @staticmethod
+    def forward(ctx, chunk: Tensor, launched: Tensor, group_name: str, size: int) -> Tensor:
+        ctx.group = group_name, size
+        return finish(launched)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        return launch_reduce_scatter(gradient, *ctx.group), None, None, None
+
+
 @dataclass
 class GatheredRows(Rows):
-    """Rows whose keys and values come from all ranks of cp, a chunk of each at a time, the next on its way while one computes."""
+    """Rows whose keys and values come from all ranks of cp, a chunk of each at a time, the next on its way while one computes.
+
+    Of the nodes that are ready autograd runs the newest first: backward is the mirror of forward, the gradient of a chunk is on its
+    way home while that of the chunk before is computed.
+    """
 
     rounds: list[Round]
     group: ProcessGroup
 
     def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        chunks = torch.stack([k_TKD, v_TKD], 1).chunk(len(self.rounds))
-        coming = all_gather(chunks[0], self.group)
+        group = self.group.group_name, self.group.size()
+        chunks = _Leaving.apply(torch.stack([k_TKD, v_TKD], 1), len(self.rounds))
+        coming = launch_all_gather(chunks[0].detach(), *group)
         parts = []
         for i, step in enumerate(self.rounds):
-            kv = coming
+            kv = _Arriving.apply(chunks[i], coming, *group)
             if i + 1 < len(chunks):
-                coming = all_gather(chunks[i + 1], self.group)
+                coming = launch_all_gather(chunks[i + 1].detach(), *group)
             kv = kv if step.order is None else kv.index_select(0, step.order)
             k, v = kv.unbind(1)
             parts.append(attention(q_THD, k, v, step.kv_start, step.kv_end, plan=step.plan, return_lse=True))

@@ -21,7 +21,7 @@ def global_norm(tensors: Iterable[Tensor], world: World) -> float:
     stages hold, one of them leaves it out."""
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for tensor in tensors:
-        total += local_part(tensor).double().square().sum() / copies(tensor, world)
+        total += _own_square(tensor, world)
     return math.sqrt(float(world.sum(total)))
 
 
@@ -32,8 +32,7 @@ def squared_norms(tensors: Mapping[str, Iterable[Tensor]], world: World) -> dict
     """
     own = {}
     for name, group in tensors.items():
-        squares = [local_part(t).double().square().sum() / copies(t, world) for t in group]
-        own[name] = torch.stack([s.to(world.device) for s in squares]).sum()
+        own[name] = torch.stack([_own_square(t, world).to(world.device) for t in group]).sum()
     values = torch.stack(list(own.values())).tolist() if own else []
     mine = dict(zip(own, values, strict=True))
     if world.meshes is None:
@@ -45,6 +44,11 @@ def squared_norms(tensors: Mapping[str, Iterable[Tensor]], world: World) -> dict
         for name, value in of_rank.items():
             total[name] = total.get(name, 0.0) + value
     return total
+
+
+def _own_square(tensor: Tensor, world: World) -> Tensor:
+    """This rank's share of the squared norm of a tensor: what all ranks have adds up to the whole."""
+    return local_part(tensor).double().square().sum() / copies(tensor, world)
 
 
 def copies(tensor: Tensor, world: World) -> int:

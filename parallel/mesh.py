@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .compat import record_collectives, set_group_timeout
 from .config import AXES, ParallelConfig
+from .watchdog import group_timeout
 
+# Of process groups, where no watchdog speaks earlier.
 TIMEOUT = timedelta(minutes=10)
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,16 @@ class Meshes:
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. parallel: the sizes of the axes; meshes: None for a single process, which needs no process group."""
+    """This process among all. parallel: the sizes of the axes; meshes: None for a single process, which needs no process group;
+    store: the key-value store of this life of the processes; timeout: of process groups."""
 
     rank: int
     size: int
     device: torch.device
     parallel: ParallelConfig
     meshes: Meshes | None
+    store: dist.Store | None = None
+    timeout: timedelta = TIMEOUT
 
     @property
     def is_main(self) -> bool:
@@ -66,12 +75,25 @@ class World:
         return place["dp"] * (self.parallel.fsdp or 1) + place["fsdp"]
 
     @property
-    def groups(self) -> dict[str, dist.ProcessGroup]:
-        """Process groups by the names of their axes, flattened ones first; none for a single process."""
+    def groups(self) -> list[tuple[str, dist.ProcessGroup]]:
+        """Every process group of the meshes with the name of its axis; none for a single process."""
+        meshes = [] if self.meshes is None else [getattr(self.meshes, view.name) for view in fields(self.meshes)]
+        return [(axis, mesh.get_group(axis)) for mesh in meshes for axis in mesh.mesh_dim_names]
+
+    def agree(self, decide: Callable[[], Any]) -> Any:
+        """What the main process decides, on every rank; what it raises is raised by all."""
         if self.meshes is None:
-            return {}
-        meshes = (self.meshes.vision, self.meshes.tiles, self.meshes.weights, self.meshes.cp, self.meshes.tp, self.meshes.pp)
-        return {name: mesh.get_group(name) for mesh in meshes for name in mesh.mesh_dim_names or ()}
+            return decide()
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = decide()
+            except Exception as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in place, the same bits on each."""
@@ -101,18 +123,28 @@ def join_world(device: str = "auto", parallel: ParallelConfig | None = None) -> 
     # Workers that torchrun restarts would read the addresses of the dead ones from the old keys: every life has its own prefix.
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     life = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore(life, store), rank=rank, world_size=size, timeout=TIMEOUT)
-    return World(rank, size, target, parallel, build_meshes(parallel, kind))
+    record_collectives()
+    watched = timedelta(seconds=parallel.watchdog_seconds)
+    timeout = group_timeout(watched) if watched else TIMEOUT
+    own = dist.PrefixStore(life, store)
+    dist.init_process_group(BACKENDS[kind], store=own, rank=rank, world_size=size, timeout=timeout)
+    return World(rank, size, target, parallel, build_meshes(parallel, kind, timeout), own, timeout)
 
 
-def build_meshes(parallel: ParallelConfig, kind: str) -> Meshes:
-    """The meshes over all processes of the default group. kind: "cpu" or "cuda"."""
+def build_meshes(parallel: ParallelConfig, kind: str, timeout: timedelta = TIMEOUT) -> Meshes:
+    """The meshes over all processes of the default group. kind: "cpu" or "cuda"; timeout: of their groups."""
     pp, dp, fsdp, cp, tp = (getattr(parallel, axis) for axis in AXES)
 
-    # Each view is a mesh of its own over all ranks: slices of a flattened axis are private to torch, and about to go.
+    # Each view is a mesh of its own over all ranks: slices of a flattened axis are private to torch, and about to go. Backends are
+    # named so that an axis over all ranks has a group of its own: in one group weights and keys would wait for each other.
+    backend = "fake" if dist.get_backend() == "fake" else BACKENDS[kind]
+
     def view(**axes: int) -> DeviceMesh:
-        return init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        backends: dict[int | str, Any] = dict.fromkeys(axes, backend)
+        mesh = init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes), backend_override=backends)
+        for axis in axes:
+            set_group_timeout(mesh.get_group(axis), timeout)
+        return mesh
 
     def shards(mesh: DeviceMesh, axis: str) -> DeviceMesh:
         return mesh["dp", axis] if dp > 1 else mesh[axis]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,12 @@ from .batch import PackShard, shard_pack
 from .layout import local_bounds, local_part
 from .mesh import World
 from .part import ModelPart
-from .pipeline import Pipeline
 from .recompute import compile_blocks, recompute_blocks
 from .sharding import round_weights, shard_part
 from .tensor import tensor_parallel
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
 
 TIED = "language.embedding.weight"
 
@@ -75,7 +78,8 @@ class ParallelModel:
         part.to_empty(device=world.device)
         if world.meshes is None and compute:
             round_weights(part, compute)
-        initialize_part(part, seed)
+        if world.device.type != "meta":
+            initialize_part(part, seed)
         return part
 
     def _group_of_tied(self) -> dist.ProcessGroup | None:
@@ -85,7 +89,7 @@ class ParallelModel:
             return None
         per_stage = world.size // pp
         pairs = [[rank, world.size - per_stage + rank] for rank in range(per_stage)]
-        return dist.new_subgroups_by_enumeration(pairs)[0]
+        return dist.new_subgroups_by_enumeration(pairs, timeout=world.timeout)[0]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters of this rank's parts by their names in the whole model."""
@@ -121,9 +125,10 @@ class ParallelModel:
         if not self.checked:
             gradients.check_gradients(dict(self.named_parameters()))
             self.checked = True
-        tied = dict(self.named_parameters()).get(TIED)
-        if self.tied_group is not None and tied is not None and tied.grad is not None:
-            gradients.sum_tied(tied.grad, self.tied_group)
+        if self.tied_group is not None:
+            tied = dict(self.named_parameters()).get(TIED)
+            if tied is not None and tied.grad is not None:
+                gradients.sum_tied(tied.grad, self.tied_group)
         return total / self.world.parallel.tp
 
     @torch.no_grad()
@@ -197,6 +202,8 @@ class ParallelModel:
 
     def _pipelined(self, count: int, loss: Callable[[Tensor, PackShard], Tensor], backward: bool) -> Tensor:
         if self.pipeline is None:
+            from .pipeline import Pipeline  # torch's takes a while to import, and only a pipeline needs it
+
             rows = self.sequence_length // (self.world.parallel.cp * self.world.parallel.tp)
             self.pipeline = Pipeline(self.parts, self.world, rows, count, self.dtype)
         shards = self.parts[0].shards
@@ -211,8 +218,7 @@ def initialize_part(part: ModelPart, seed: int) -> None:
     """Fill this rank's share of every parameter with its initial numbers, and make no others."""
     with torch.no_grad():
         for name, p in part.named_parameters():
-            bounds = local_bounds(p)
-            (first, last), *others = bounds
+            (first, last), *others = local_bounds(p)
             values = initial_rows(part.config, name, p.shape, seed, first, last)
             for dim, (start, stop) in enumerate(others, start=1):
                 values = values.narrow(dim, start, stop - start)

@@ -77,17 +77,12 @@ class ModelPart(MultimodalModel):
 
     def _embed(self, shard: PackShard) -> Tensor:
         """Hidden rows, the embeddings of tiles in their places. Every rank runs the tower and the exchange, whatever it has."""
-        tokens, exchange = self.language.embedding.weight, shard.exchange
+        embedding, exchange = self.language.embedding, shard.exchange
         if self.world.parallel.tp == 1:
-            x = residual_stream(self.language.embedding(shard.tokens))
+            x = residual_stream(embedding(shard.tokens))
         else:
-            x = residual_stream(embed_tokens(tokens, shard.tokens, self._meshes.tp))
-        if len(shard.tiles):
-            seen = self.see(shard.tiles.to(x.dtype))
-        else:
-            seen = self.see_nothing(x)
-            x = x + seen.sum().to(x.dtype)
-            seen = seen[:0]
+            x = residual_stream(embed_tokens(embedding.weight, shard.tokens, self._meshes.tp))
+        seen = self.see(shard.tiles.to(x.dtype))
         if exchange.order is not None:
             seen = seen.index_select(0, exchange.order)
         if exchange.send:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -48,13 +47,4 @@ def _blocks(part: ModelPart) -> list[nn.Module]:
 
 def _keeps(context, operator, *args, **kwargs) -> CheckpointPolicy:
     """Keep what is dear to make and small: matrix products, attention, and what came from other ranks."""
-    return CheckpointPolicy.MUST_SAVE if operator in _DEAR else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_aten = torch.ops.aten
-_DEAR = {
-    _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default, _aten._scaled_dot_product_flash_attention.default,
-    torch.ops.smalt.attention.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default, torch.ops._c10d_functional.all_to_all_single.default,
-}  # fmt: skip
+    return CheckpointPolicy.MUST_SAVE if operator in compat.DEAR else CheckpointPolicy.PREFER_RECOMPUTE

@@ -5,10 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from .compat import set_unshard_async
+from .compat import read_parameters, set_unshard_async
 from .mesh import World
 from .part import ModelPart
 
@@ -51,14 +50,5 @@ def _prefetch(blocks: list) -> None:
 def round_weights(part: ModelPart, compute: torch.dtype) -> None:
     """Let every module of a part that no mesh holds read its weights as FSDP would give them, rounded; their gradients stay wide."""
 
-    def reading(name: str) -> property:
-        def rounded(self: nn.Module) -> Tensor | None:
-            parameter = self._parameters[name]
-            return None if parameter is None else parameter.to(compute)
-
-        return property(rounded)
-
     for module in part.modules():
-        if module._parameters:
-            members = {name: reading(name) for name in module._parameters}
-            module.__class__ = type(module.__class__.__name__, (module.__class__,), members)
+        read_parameters(module, lambda parameter: parameter.to(compute))

@@ -6,7 +6,6 @@ Parameters are DTensors, for FSDP and checkpoints; modules read their local part
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -22,7 +21,7 @@ from smalt.kernels.head import cast_as_autocast_does, check_labels
 from smalt.kernels.linear_statistics import statistics
 from smalt.model.language import DecoderBlock, LanguageModel
 
-from .compat import all_gather, reduce_scatter
+from .compat import all_gather, read_parameters, reduce_scatter
 
 
 def tensor_parallel(language: LanguageModel, mesh: DeviceMesh) -> None:
@@ -71,26 +70,21 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> No
         whole = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
     gradient: Placement = Partial() if placement.is_replicate() else placement
-    read_local(module, mesh, [gradient])
+    _read_local(module, mesh, gradient)
 
 
-def read_local(module: nn.Module, mesh: DeviceMesh, gradients: Sequence[Placement]) -> None:
-    """Give the module a class of its own, in which its parameters read as local tensors with gradients of these placements.
+def _read_local(module: nn.Module, mesh: DeviceMesh, gradient: Placement) -> None:
+    """Let the module's parameters read as local tensors whose gradients have this placement.
 
     That is while FSDP has gathered them: a parameter is then on this mesh alone.
     """
 
-    def reading(name: str) -> property:
-        def local(self: nn.Module) -> Tensor | None:
-            parameter = self._parameters[name]
-            if isinstance(parameter, DTensor) and parameter.device_mesh == mesh:
-                return parameter.to_local(grad_placements=gradients)
-            return parameter
+    def local(parameter: nn.Parameter) -> Tensor:
+        if isinstance(parameter, DTensor) and parameter.device_mesh == mesh:
+            return parameter.to_local(grad_placements=[gradient])
+        return parameter
 
-        return property(local)
-
-    members = {name: reading(name) for name in module._parameters}
-    module.__class__ = type(module.__class__.__name__, (module.__class__,), members)
+    read_parameters(module, local)
 
 
 def embed_tokens(weight: Tensor, tokens: Tensor, mesh: DeviceMesh) -> Tensor:

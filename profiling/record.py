@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from smalt.parallel.compat import flight_records
+from smalt.parallel.compat import recorded_collectives
 
 STEP = "smalt step "
 """A recorded step is an annotation of this name and its number."""
@@ -27,8 +27,8 @@ class TraceRecorder:
     early leaves a trace of the steps it finished. The profiler warms up over the step before the first, where there is one.
 
     axes: process groups by the name of their mesh axis. A group that is not among them is named by its description, which DeviceMesh
-    sets to ``mesh_NAME``; but an axis that spans all ranks has the default group, which only this can name. Of several names of one
-    group the first counts. done: steps taken before (a resumed run); if the first step is past, the next ones are recorded.
+    sets to ``mesh_NAME``; a mesh whose axis spans all ranks may have the default group, which only this can name. Of several names of
+    one group the first counts. done: steps taken before (a resumed run); if the first step is past, the next ones are recorded.
 
     On a GPU the device is synchronised before the first and at the end of the last recorded step, so that they hold their kernels.
     Profiling costs time, of which short operations feel most: a recorded step is slower than others.
@@ -121,7 +121,7 @@ class TraceRecorder:
         """Take the new launches from gloo's flight recorder, which keeps only the newest of all."""
         if not dist.is_initialized() or torch.cuda.is_initialized():
             return
-        for entry in flight_records():
+        for entry in recorded_collectives(stacks=False):
             if entry["time_created_ns"] >= self.since_ns:
                 group, description = entry["process_group"]
                 sizes = max(_elements(entry["input_sizes"]), _elements(entry["output_sizes"]))

@@ -12,17 +12,18 @@ from typing import Literal
 from smalt.model import Document, PackedBatch, pack
 
 from .packing import Packer, PackerState, StepPlan
-from .stream import SkippedSample
+from .stream import SampleId, SkippedSample
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one optimiser step needs. Counts are of the whole step, over all ranks; ``packs`` are this rank's."""
+    """What one optimiser step needs. Counts and ``samples`` are of the whole step, over all ranks; ``packs`` are this replica's."""
 
     packs: list[PackedBatch]
     loss_tokens: float
     tokens: int
     documents: Counter[str]
+    samples: list[SampleId]
     fill: float
     skipped: list[SkippedSample]
     state: PackerState
@@ -84,6 +85,7 @@ class Loader:
             loss_tokens=float(sum(num_targets(d) for d in documents)),
             tokens=tokens,
             documents=Counter(d.source for d in documents),
+            samples=[SampleId(d.source, d.record, at) for d, at in zip(documents, plan.positions, strict=True)],
             fill=tokens / (len(plan.packs) * self.packer.length),
             skipped=plan.skipped,
             state=plan.state,

@@ -29,9 +29,13 @@ class PackerState:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The packs of one step, in global order; what was skipped while they were made; the state after them."""
+    """The packs of one step, in global order; what was skipped while they were made; the state after them.
+
+    positions: of each document, in the order of the packs, the index of its sample in the stream.
+    """
 
     packs: list[list[Document]]
+    positions: list[int]
     skipped: list[SkippedSample]
     state: PackerState
 
@@ -80,10 +84,11 @@ class Packer:
             bad_in_a_row = bad_in_a_row + self.window if self.tokens == before else 0
             if bad_in_a_row >= BAD_IN_A_ROW:
                 self._all_bad(skipped[-bad_in_a_row:])
-        packs = [self._fill() for _ in range(self.num_packs)]
-        return StepPlan(packs, skipped, PackerState(self.cursor, list(self.waiting)))
+        positions: list[int] = []
+        packs = [self._fill(positions) for _ in range(self.num_packs)]
+        return StepPlan(packs, positions, skipped, PackerState(self.cursor, list(self.waiting)))
 
-    def _fill(self) -> list[Document]:
+    def _fill(self, positions: list[int]) -> list[Document]:
         key = next(iter(self.waiting))
         documents, free = [], self.length
         while True:
@@ -91,6 +96,7 @@ class Packer:
             self.by_length.pop(bisect.bisect_left(self.by_length, (len(document), key)))
             self.tokens -= len(document)
             documents.append(document)
+            positions.append(key[0])
             free -= len(document)
             at = bisect.bisect_right(self.by_length, free, key=lambda entry: entry[0])
             if at == 0:

@@ -25,6 +25,15 @@ CUT_TO_NOTHING = 0.1
 
 
 @dataclass(frozen=True)
+class SampleId:
+    """A document of a step. record: its number in its source; position: its index in the stage's stream."""
+
+    source: str
+    record: int
+    position: int
+
+
+@dataclass(frozen=True)
 class SkippedSample:
     """A record that could not become a document: which, and why."""
 

@@ -4,6 +4,10 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from smalt.engine.export import export_run
 
 CHANGES = {
     "dtype": "float64", "logging.validate_every": 2, "data.packs_per_step": 4, "model.language.num_layers": 4,
@@ -71,6 +75,23 @@ def test_figures_of_one_process(layout, run):
     assert any(key.startswith("norms/state/exp_avg/language.blocks.3") for key in want[4])
     assert any(key.startswith("validation_loss") for key in want[3])
     assert_same(figures(run(layout)), want)
+    # The same order, packing and cursor: what a loader goes on from.
+    states = [json.loads((run(name) / "checkpoints" / "step-00000007" / "state.json").read_text()) for name in (layout, None)]
+    assert states[0]["loader"] == states[1]["loader"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_exported_weights_are_those_of_one_process(layout, run, tmp_path):
+    got, want = ({}, {})
+    for folder, found in ((run(layout), got), (run(None), want)):
+        out = tmp_path / folder.name
+        for name in export_run(folder, out).files:
+            found.update(load_file(out / name))
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        # AdamW divides gradients that are zero but for rounding by an epsilon of 1e-8.
+        torch.testing.assert_close(got[name], tensor, rtol=1e-9, atol=1e-9, msg=name)
 
 
 @pytest.mark.slow

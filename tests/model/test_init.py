@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from smalt.model import PRESETS, LanguageConfig, MultimodalModel, VisionConfig, build_model, count_parameters
+from smalt.model.init import BLOCK, initial_rows, seeded_normal
+
+WHOLE = seeded_normal("a.weight", 5, 0, 3 * BLOCK + 7)
 
 
 def weights(model):
@@ -96,3 +101,27 @@ def test_a_tied_head_counts_once(make_model):
 def test_impossible_sizes(make, message):
     with pytest.raises(ValidationError, match=message):
         make()
+
+
+@given(st.integers(0, 3 * BLOCK), st.integers(0, 3 * BLOCK))
+@settings(max_examples=40)
+@example(BLOCK - 1, BLOCK + 1)
+@example(BLOCK, BLOCK)
+@example(BLOCK, 2 * BLOCK)
+def test_a_shard_makes_the_numbers_of_the_whole(one, other):
+    first, last = sorted((one, other))
+    assert torch.equal(seeded_normal("a.weight", 5, first, last), WHOLE[first:last])
+
+
+def test_every_block_has_numbers_of_its_own():
+    assert abs(float(WHOLE.mean())) < 0.01
+    assert float(WHOLE.std()) == pytest.approx(1, abs=0.01)
+    blocks = WHOLE[: 3 * BLOCK].view(3, BLOCK)
+    assert torch.corrcoef(blocks).fill_diagonal_(0).abs().max() < 0.02
+
+
+def test_rows_of_a_large_parameter(make_config):
+    config = make_config(vocabulary=40_000)  # 40,000 x 12 numbers: eight blocks
+    shape = torch.Size((40_000, 12))
+    whole = initial_rows(config, "language.embedding.weight", shape, 1, 0, 40_000)
+    assert torch.equal(initial_rows(config, "language.embedding.weight", shape, 1, 5_000, 30_001), whole[5_000:30_001])

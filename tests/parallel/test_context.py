@@ -115,10 +115,7 @@ def test_every_tile_is_seen_once_and_lands_in_its_rows(batch, parallel):
     for rank, (shard, world) in enumerate(zip(shards, worlds, strict=True)):
         sent = [embedded[r].split(shards[r].exchange.send)[rank] for r in range(size)]
         assert [len(x) for x in sent] == shard.exchange.receive
-        rows = deal_rows(
-            batch.kv_start.numpy(), batch.kv_end.numpy(), world.parallel.cp,
-            world.parallel.context_chunks if world.parallel.cp > 1 and world.parallel.context == "gather" else 1,
-        )  # fmt: skip
+        rows = deal_rows(batch.kv_start.numpy(), batch.kv_end.numpy(), world.parallel.cp, world.parallel.chunks_a_rank)
         hidden = np.split(rows[world.coordinates["cp"]], world.parallel.tp)[world.coordinates["tp"]]
         for row, image_row in zip(shard.exchange.rows.tolist(), torch.cat(sent).tolist(), strict=True):
             placed[int(hidden[row])] = image_row

@@ -14,7 +14,10 @@ RANKS = Path(__file__).parent / "ranks.py"
 
 
 class Workers:
-    """run(...) has processes take one row and gives what rank 0 found; raises RowFailed with every rank's traceback."""
+    """run(...) has processes take one row and gives what rank 0 found; raises RowFailed with every rank's traceback.
+
+    record(...) has them train on given packs and gives what each rank launched, and what went wrong, by rank.
+    """
 
     def __init__(self, folder):
         self.folder, self.numbers = folder, count()
@@ -25,19 +28,30 @@ class Workers:
         )
 
     def run(self, num_processes, parallel, variant="", trainable="all", dtype="float64", fault=None, timeout=60):
-        case = {
-            "num_processes": num_processes, "parallel": parallel, "variant": variant, "trainable": trainable, "dtype": dtype,
-            "fault": fault, "timeout": timeout, "out": str(self.folder / f"{next(self.numbers)}.pt"),
-        }  # fmt: skip
-        self.process.stdin.write(json.dumps(case) + "\n")
-        self.process.stdin.flush()
-        errors = self._answer()
+        case = self._case(num_processes, parallel, variant, fault, timeout) | {"trainable": trainable, "dtype": dtype}
+        errors = self._ask(case)
         if errors:
             last = (self.folder / "stderr").read_text()[-2000:]
             raise RowFailed("\n".join(f"rank {rank}: {text}" for rank, text in errors.items()) + f"\nstderr: {last}")
         result = torch.load(case["out"])
         Path(case["out"]).unlink()
         return result
+
+    def record(self, num_processes, parallel, steps, fault=None, timeout=60):
+        case = self._case(num_processes, parallel, "", fault, timeout) | {"steps": steps}
+        errors = self._ask(case)
+        return [read_record(Path(f"{case['out']}.record-{rank}")) for rank in range(num_processes)], errors
+
+    def _case(self, num_processes, parallel, variant, fault, timeout):
+        return {
+            "num_processes": num_processes, "parallel": parallel, "variant": variant, "fault": fault, "timeout": timeout,
+            "out": str(self.folder / f"{next(self.numbers)}.pt"),
+        }  # fmt: skip
+
+    def _ask(self, case):
+        self.process.stdin.write(json.dumps(case) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
 
     def _answer(self):
         # Whatever a library prints on the way is not an answer.
@@ -54,6 +68,21 @@ class Workers:
 
 class RowFailed(Exception):
     pass
+
+
+def read_record(path):
+    """What recording.py wrote: the ranks of groups, and of each step the entries and what gloo launched, None where it did not end."""
+    record = {"groups": {}, "steps": []}
+    for what, value in map(json.loads, path.read_text().splitlines()):
+        if what == "groups":
+            record["groups"] = value
+        elif what == "step":
+            record["steps"].append({"entries": [], "launched": None})
+        elif what == "entry":
+            record["steps"][-1]["entries"].append(value)
+        else:
+            record["steps"][-1]["launched"] = value
+    return record
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Faults that engines have had, planted one at a time, to see that the matrix finds each."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 from torch.distributed.fsdp import FSDPModule
@@ -8,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from smalt.kernels import rms_norm
 from smalt.model.language import RMSNorm
-from smalt.parallel import batch, gradients, pipeline, tensor
+from smalt.parallel import batch, compat, gradients, pipeline, tensor
 from smalt.parallel.part import ModelPart
 
 
@@ -37,7 +38,26 @@ def _norm_without_gradient(self, x, residual=None):
 
 
 def _blank_tile_apart(see_nothing):
-    return lambda self, like: see_nothing(self, like).detach()
+    return lambda self, tiles: see_nothing(self, tiles).detach()
+
+
+def _nothing_is_seen(self, tiles):
+    return tiles.new_zeros(0, self.config.language.width)
+
+
+def _exchange_where(needed):
+    def exchange(x, receive, send, group):
+        return compat.all_to_all(x, receive, send, group) if needed(receive, send) else x.new_zeros(sum(receive), x.shape[1])
+
+    return exchange
+
+
+def _exchange_of_tiles_only(of_pack):
+    def sharded(pack, tokens_per_tile, world):
+        shard = of_pack(pack, tokens_per_tile, world)
+        return shard if len(pack.tiles) else replace(shard, exchange=replace(shard.exchange, send=[], receive=[]))
+
+    return sharded
 
 
 @contextmanager
@@ -60,4 +80,11 @@ FAULTS = {
     "a tied gradient not summed": lambda: patch.object(gradients, "sum_tied", lambda gradient, group: None),
     "a blank tile not connected to the loss": lambda: patch.object(ModelPart, "see_nothing", _blank_tile_apart(ModelPart.see_nothing)),
     "a parameter without a gradient": lambda: patch.object(RMSNorm, "forward", _norm_without_gradient),
+    "a rank without a tile skips the tower": lambda: patch.object(ModelPart, "see_nothing", _nothing_is_seen),
+    "a rank that sends no tile skips the exchange": lambda: patch(
+        "smalt.parallel.part.all_to_all", _exchange_where(lambda receive, send: sum(send) > 0)
+    ),
+    "a pack without a tile skips the exchange": lambda: patch(
+        "smalt.parallel.model.shard_pack", _exchange_of_tiles_only(batch.shard_pack)
+    ),
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import faults
+import recording
 import torch
 import torch.distributed as dist
 import workload
@@ -78,9 +79,11 @@ def run_case(case, rank):
     timeout = timedelta(seconds=case["timeout"])
     dist.init_process_group("gloo", store=dist.FileStore(case["out"] + ".store", size), rank=rank, world_size=size, timeout=timeout)
     try:
-        world = World(rank, size, torch.device("cpu"), parallel, build_meshes(parallel, "cpu"))
+        world = World(rank, size, torch.device("cpu"), parallel, build_meshes(parallel, "cpu", timeout))
+        # Weights and keys on their way would wait for each other in one group.
+        assert len({group.group_name for _, group in world.groups}) == len(world.groups)
         with faults.planted(case["fault"]):
-            return run_layout(case, world)
+            return recording.run_steps(case, world) if "steps" in case else run_layout(case, world)
     finally:
         dist.destroy_process_group()
 

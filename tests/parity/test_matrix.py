@@ -36,13 +36,16 @@ ROWS = [
     (8, {"fsdp": 2, "tp": 2, "cp": 2}, {}),
     (8, {"pp": 2, "tp": 2, "fsdp": 2}, {}),
     (8, {"pp": 2, "cp": 2, "fsdp": 2}, {}),
+    (4, {"pp": 2, "cp": 2, "schedule": "zero_bubble"}, {}),
     (8, {"pp": 2, "cp": 2, "fsdp": 2, "schedule": "zero_bubble", "context": "scatter"}, {}),
     # What is computed again, and compiled.
     (2, {"fsdp": 2, "checkpointing": "full"}, {}),
     (4, {"fsdp": 2, "tp": 2, "checkpointing": "selective"}, {}),
     (4, {"pp": 2, "cp": 2, "schedule": "interleaved", "checkpointing": "full"}, {}),
+    (4, {"pp": 2, "fsdp": 2, "schedule": "zero_bubble", "checkpointing": "full"}, {}),
     (2, {"fsdp": 2, "reshard_after_forward": False, "prefetch": False}, {}),
     (2, {"fsdp": 2, "compile": True}, {}),
+    (2, {"cp": 2, "compile": True}, {}),
     (4, {"pp": 2, "fsdp": 2, "schedule": "zero_bubble", "compile": True}, {}),
     # Other models, other data, frozen parts.
     (4, {"pp": 2, "tp": 2}, {"variant": "untied"}),

@@ -1,4 +1,4 @@
-"""What the processes of test_traces_recorded.py run: one model, its collectives waited for in different ways, a trace of each."""
+"""What the processes of test_traces_recorded.py run: collectives waited for in different ways, context parallel; a trace of each."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch.distributed._functional_collectives as functional
 from torch.distributed.device_mesh import init_device_mesh
 
 from smalt.parallel.compat import set_unshard_async
-from smalt.profiling.bench_overlap import sharded_model
+from smalt.profiling.bench_overlap import context_step, sharded_model
 from smalt.profiling.record import TraceRecorder
 
 WIDTH, STEPS = 512, 5
@@ -73,6 +73,8 @@ def main(folder):
     late = sharded_model(flat, prefetch=False, width=WIDTH)
     set_unshard_async(late, True)
     record(folder / "backward-only", forward_and_backward(late), axes)
+    record(folder / "keys-whole", context_step(flat, 1), {})
+    record(folder / "keys-in-parts", context_step(flat, 4), {})
     groups = {name: dist.new_group([0, 1], group_desc=f"mesh_{name}") for name in ("cp", "dp", "tp", "pp")}
     record(folder / "others", other_collectives(groups), {"pp": groups["pp"]})
     dist.destroy_process_group()

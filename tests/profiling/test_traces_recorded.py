@@ -95,6 +95,26 @@ def test_prefetched_all_gathers_are_in_flight_during_compute(recorded, rank):
     assert overlapped["backward-only"] == backward
 
 
+def overlaps(trace, kind):
+    """Of the exchanges of cp of a kind, one after the other as in each step: whether any was in flight over compute."""
+    found = []
+    for _, start, end in trace.steps:
+        own = [c for c in trace.collectives if (c.kind, c.axis) == (kind, "cp") and start <= c.start < end]
+        found.append([bool(intersection([(c.start, c.end)], trace.compute)) for c in own])
+    return [any(step) for step in zip(*found, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_keys_come_while_a_layer_computes(recorded, rank):
+    # Two layers. Nothing can be computed before the first keys are there, nor while the gradients of the first go home.
+    trace = read_traces(recorded / "keys-in-parts")[rank]
+    assert overlaps(trace, "all_gather") == 2 * [False, True, True, True]
+    assert overlaps(trace, "reduce_scatter") == 2 * [True, True, True, False]
+    whole = read_traces(recorded / "keys-whole")[rank]
+    assert overlaps(whole, "all_gather") == overlaps(whole, "reduce_scatter") == [False, False]
+
+
 @pytest.mark.slow
 def test_report_of_real_traces(recorded):
     reports = {name: overlap_report(read_traces(recorded / name))["together"] for name in ("prefetch", "at-once")}
@@ -138,7 +158,12 @@ def test_bench(tmp_path, capsys):
     print_report(result)
     assert "prefetch" in capsys.readouterr().out
     contestants = {c["name"]: c for c in result["contestants"]}
-    assert list(contestants) == ["at once", "prefetch", "reduce each", "reduce last"]
+    assert list(contestants) == ["at once", "prefetch", "reduce each", "reduce last", "keys whole", "keys in parts"]
+    context = {name: contestants.pop(name)["collectives"] for name in ("keys whole", "keys in parts")}
+    for kind in ("all_gather, cp", "reduce_scatter, cp"):
+        assert {name: c[kind]["count"] for name, c in context.items()} == {"keys whole": 2, "keys in parts": 8}
+        assert not context["keys whole"][kind]["overlapped"]
+        assert context["keys in parts"][kind]["overlapped"]
     reduced = {name: c["collectives"]["reduce_scatter, FSDP::post_backward_reduce (1)"]["count"] for name, c in contestants.items()}
     assert reduced == {"at once": 1, "prefetch": 1, "reduce each": 3, "reduce last": 1}
     assert not any(row["overlapped"] for row in contestants["at once"]["collectives"].values())

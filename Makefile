@@ -5,8 +5,9 @@ PYTHON ?= python3
 # Without an NVIDIA GPU one tested version, which has small CPU builds; with one, what pip finds.
 TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.11"; else echo "torch==2.13.0"; fi)
 ARGS ?=
+KILLS ?= 50
 
-.PHONY: train test test-fast lint bench clean
+.PHONY: train test test-fast lint soak bench clean
 
 train: data/digits/tokenizer.json ## train the default run: configs/digits.toml
 	$(BIN)/torchrun engine/train.py $(ARGS)
@@ -24,6 +25,9 @@ lint: $(VENV)/.dev
 	@mkdir -p build/typing/smalt
 	@for room in kernels model parallel profiling engine; do ln -sfn ../../../$$room build/typing/smalt/$$room; done
 	MYPYPATH=build/typing $(BIN)/mypy -p smalt.kernels -p smalt.model -p smalt.parallel -p smalt.profiling -p smalt.engine
+
+soak: $(VENV)/.dev ## a run that is killed KILLS times ends with the bits of one that was left alone
+	SMALT_SOAK_KILLS=$(KILLS) $(BIN)/pytest -s tests/engine/test_soak.py
 
 bench: $(VENV)/.dev data/digits/tokenizer.json ## Smalt against transformers on this machine
 	$(BIN)/smalt bench cpu

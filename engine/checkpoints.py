@@ -120,6 +120,11 @@ class CheckpointWriter:
             _remove(old)
 
 
+def holds_checkpoints(folder: Path) -> bool:
+    """Whether a run has saved there: a checkpoint, be it damaged, but not one whose writing was cut short."""
+    return any(not path.name.endswith(PARTIAL) for path in folder.glob("step-*"))
+
+
 def latest_checkpoint(folder: Path) -> Checkpoint:
     """The newest whole checkpoint of a folder, every file of it verified; for one process of a run.
 

@@ -134,6 +134,8 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
     on_error: Literal["stop", "continue"] = "continue"
     """What to do when one cannot be written (a full disk): the one before it stays good either way."""
+    grace_seconds: float = Field(30.0, gt=1)
+    """Seconds from SIGTERM to the SIGKILL of whoever preempts: a run that has not saved a second before says so and ends."""
 
 
 class EvaluationConfig(Section):

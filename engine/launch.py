@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 import tyro
 
 from smalt.model import PRESETS
 from smalt.parallel import Watchdog, World, join_world
 
-from .checkpoints import Checkpoint, check_architecture, latest_checkpoint
+from .checkpoints import Checkpoint, check_architecture, holds_checkpoints, latest_checkpoint
 from .config import RunConfig, load_config, parse_config
 from .errors import UserError
-from .run_folder import CHECKPOINTS, STALLS, latest_run, new_run, read_config
+from .run_folder import CHECKPOINTS, STALLS, latest_run, lock_folder, new_run, read_config, run_of_this_torchrun
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.toml"
 _USAGE = """\
@@ -26,6 +28,8 @@ Train a model: torchrun [--nproc-per-node N] engine/train.py [CONFIG.toml] [OPTI
   CONFIG.toml         the run; configs/digits.toml when not given
   --folder DIR        folder of the run; runs/NAME-DATE-TIME when not given
   --resume            go on from the newest checkpoint of --folder DIR, or of the newest run of that name, with the config it has
+  --continue          go on where the run of --folder (else of torchrun's --rdzv-id) stopped, or begin it: for a scheduler that queues
+                      the same command again; workers that torchrun restarts go on where their own run stopped without it
   --dry-run           build everything, say what would run, and stop before the first step
 """
 
@@ -33,29 +37,33 @@ Train a model: torchrun [--nproc-per-node N] engine/train.py [CONFIG.toml] [OPTI
 @dataclass(frozen=True)
 class Launch:
     """What the command line asks for. folder: the run's; checkpoint: where a run that is to be resumed goes on from, None for a new
-    run and until :func:`agree_on_folder` has found it."""
+    run and until :func:`agree_on_folder` has found it; resume: the folder may be that of a run already; may_begin: it may hold no
+    checkpoint yet; lock: of the main process on a folder that was there before."""
 
     config: RunConfig
     folder: Path
     checkpoint: Checkpoint | None
     dry_run: bool
     resume: bool
+    may_begin: bool = False
+    lock: IO[str] | None = None
 
 
 def parse_launch(arguments: Sequence[str]) -> Launch:
     """Read the command line. Raises UserError for a wrong config; exits with tyro's message for a wrong option."""
     parser = argparse.ArgumentParser(prog="engine/train.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--resume", action="store_true")
+    go_on = parser.add_mutually_exclusive_group()
+    go_on.add_argument("--resume", action="store_true")
+    go_on.add_argument("--continue", action="store_true", dest="go_on")
     parser.add_argument("--dry-run", action="store_true")
     own, rest = parser.parse_known_args(list(arguments))
     path = DEFAULT_CONFIG
     if rest and not rest[0].startswith("-"):
         path, rest = Path(rest[0]), rest[1:]
     config = load_config(path)
-    folder = None
-    if own.resume:
-        folder = latest_run(config.name, own.folder)
+    folder = _run_to_go_on_with(config, own)
+    if folder is not None and (own.resume or holds_checkpoints(folder / CHECKPOINTS)):
         config = read_config(folder)
     if {"-h", "--help"} & set(rest):
         sys.stdout.write(f"{_USAGE}\nEvery value of the config, with the one it has in {path}:\n\n")
@@ -66,7 +74,16 @@ def parse_launch(arguments: Sequence[str]) -> Launch:
             # The preset that the command line names stands in for the model of the file; other options still change it.
             overridden = _override(config.model_copy(update={"model": PRESETS[overridden.preset]}), rest)
         config = parse_config(overridden.model_dump(), "command line")
-    return Launch(config, folder or new_run(config, own.folder), None, own.dry_run, folder is not None)
+    return Launch(config, folder or new_run(config, own.folder), None, own.dry_run, folder is not None, not own.resume)
+
+
+def _run_to_go_on_with(config: RunConfig, own: argparse.Namespace) -> Path | None:
+    """The folder to go on in, None to begin in a new one. Workers that were restarted take only what earlier ones of them began."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    ours = run_of_this_torchrun(own.folder, restarted) if restarted or own.go_on else None
+    if own.resume:
+        return ours or latest_run(config.name, own.folder)
+    return own.folder or ours if own.go_on else ours
 
 
 def join(config: RunConfig) -> World:
@@ -89,12 +106,21 @@ def watch(world: World, folder: Path) -> Watchdog:
 def agree_on_folder(launch: Launch, world: World) -> Launch:
     """The launch with the folder of the first process, each made the name of its own from the time, and with the checkpoint that the
     first process has verified. Raises UserError on every process when there is none, or when it is of another architecture."""
-    folder, checkpoint = world.agree(lambda: (launch.folder, _checkpoint(launch)))
-    return replace(launch, folder=folder, checkpoint=checkpoint)
+    lock: IO[str] | None = None
+
+    def look() -> tuple[Path, Checkpoint | None]:
+        nonlocal lock
+        if launch.resume and launch.folder.exists() and not launch.dry_run:
+            # Workers that outlive their torchrun take as long as that to see it, save and end.
+            lock = lock_folder(launch.folder, launch.config.checkpoint.grace_seconds + 30)
+        return launch.folder, _checkpoint(launch)
+
+    folder, checkpoint = world.agree(look)
+    return replace(launch, folder=folder, checkpoint=checkpoint, lock=lock)
 
 
 def _checkpoint(launch: Launch) -> Checkpoint | None:
-    if not launch.resume:
+    if not launch.resume or (launch.may_begin and not holds_checkpoints(launch.folder / CHECKPOINTS)):
         return None
     checkpoint = latest_checkpoint(launch.folder / CHECKPOINTS)
     check_architecture(checkpoint, launch.config.model)

@@ -1,29 +1,36 @@
-"""The folder of a run: resolved config, metrics, skipped records, checkpoints, evaluation."""
+"""The folder of a run: resolved config, metrics, skipped records, checkpoints, evaluation. One process at a time writes there."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
+import os
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .config import RunConfig, parse_config
 from .data.stream import SkippedSample
 from .errors import UserError
 from .spikes import SPIKES
+from .tensor_files import sync_folder, write_file
 
 CONFIG, METRICS, SKIPPED, EVALUATION, PLOT, CHECKPOINTS, TRACES, STALLS = (
     "config.json", "metrics.jsonl", "skipped.jsonl", "evaluation.json", "evaluation.png", "checkpoints", "traces",
     "stalls.txt",
 )  # fmt: skip
+# What tells whose the folder is: the id of the torchrun that writes there, and the file that its main process locks.
+TORCHRUN, LOCK = "torchrun_id", "lock"
 
 
 def new_run(config: RunConfig, folder: Path | None) -> Path:
     """The folder of a new run, not yet made: the one given, or ``runs/NAME-DATE-TIME``. Raises UserError if it holds a run."""
     path = folder or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (path / CONFIG).exists():
-        raise UserError(f"{path} holds a run already; continue it with --resume, or choose another folder with --folder")
+        raise UserError(f"{path} holds a run already; continue it with --resume or --continue, or choose another folder with --folder")
     return path
 
 
@@ -39,6 +46,61 @@ def latest_run(name: str, folder: Path | None) -> Path:
     return found[-1]
 
 
+def run_of_this_torchrun(folder: Path | None, restarted: bool) -> Path | None:
+    """The folder where earlier workers of this torchrun began a run: the one given, or one under runs/; None if they began none.
+
+    restarted: this torchrun has restarted its workers. An id that the user gave to torchrun (--rdzv-id) holds over launches too.
+    """
+    wanted = _torchrun_id()
+    if wanted is None or not (restarted or _has_own_id()):
+        return None
+    files = [folder / TORCHRUN] if folder is not None else Path("runs").glob(f"*/{TORCHRUN}")
+    found = [file for file in files if file.exists() and file.read_text() == wanted]
+    return max(found, key=lambda file: file.stat().st_mtime).parent if found else None
+
+
+def _torchrun_id() -> str | None:
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    # Torchrun's name for what was given none: of all of those that are under way, the address of its store is its own.
+    return run_id if run_id is None or _has_own_id() else f"{run_id} {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _has_own_id() -> bool:
+    return os.environ.get("TORCHELASTIC_RUN_ID") not in (None, "none")
+
+
+def lock_folder(folder: Path, seconds: float) -> IO[str]:
+    """Take the folder, an existing one, for this process, until the file that is returned is closed or the process ends, however.
+
+    Workers can outlive a killed torchrun for a while: waits ``seconds`` for whoever has the folder. Raises UserError if it is not
+    freed. Where the file system knows no locks, says so and goes on.
+    """
+    file, deadline, waiting = (folder / LOCK).open("a+"), time.monotonic() + seconds, False
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                _warn(f"{folder} cannot be locked ({error}); see to it yourself that no two runs write there")
+                return file
+        if time.monotonic() > deadline:
+            file.seek(0)
+            raise UserError(f"{folder} is in use by another run (host and process {file.read().strip()}); end that one first")
+        if not waiting:
+            _warn(f"{folder} is in use by another process; waiting for it to end, {seconds:g} s at most")
+        waiting = True
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"{os.uname().nodename} {os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def read_config(folder: Path) -> RunConfig:
     """The resolved config that a run was started with."""
     path = folder / CONFIG
@@ -50,24 +112,30 @@ def read_config(folder: Path) -> RunConfig:
 class RunFolder:
     """Writes what the main process has to say; on other ranks every method does nothing.
 
-    resume_step: the step that the run goes on from; what a killed run wrote after it is dropped, for it will be written again.
+    resume_step: the step that the run goes on from, None for one that begins; what a killed run wrote after it is dropped, for it will
+    be written again. lock: of a folder that was there before.
     """
 
-    def __init__(self, path: Path, config: RunConfig, is_main: bool, resume_step: int | None):
+    def __init__(self, path: Path, config: RunConfig, is_main: bool, resume_step: int | None, lock: IO[str] | None = None):
         self.path, self.config, self.is_main = path, config, is_main
         if not is_main:
             return
         path.mkdir(parents=True, exist_ok=True)
+        self.lock = lock or lock_folder(path, config.checkpoint.grace_seconds)
+        # First of all: workers that are restarted find the folder by it.
+        if run_id := _torchrun_id():
+            (path / TORCHRUN).write_text(run_id)
         if resume_step is None:
-            (path / CONFIG).write_text(config.model_dump_json(indent=1))
-        else:
-            for name in (METRICS, SKIPPED, SPIKES):
-                _drop_after(path / name, resume_step)
+            write_file(path / f"{CONFIG}.partial", [config.model_dump_json(indent=1).encode()])
+            (path / f"{CONFIG}.partial").rename(path / CONFIG)
+            sync_folder(path)
+        for name in (METRICS, SKIPPED, SPIKES):
+            _drop_after(path / name, resume_step or 0)
         self.metrics = (path / METRICS).open("a")
         self.skipped = (path / SKIPPED).open("a")
         from torch.utils.tensorboard import SummaryWriter
 
-        self.tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=resume_step and resume_step + 1)
+        self.tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=(resume_step or 0) + 1)
         self.wandb = self._wandb() if config.logging.wandb_project else None
 
     def _wandb(self) -> Any:
@@ -105,6 +173,12 @@ class RunFolder:
             self.skipped.write(json.dumps(line) + "\n")
         self.skipped.flush()
 
+    def sync(self) -> None:
+        """Put the lines so far on disk: a checkpoint is not to outlive those of the steps before it."""
+        if self.is_main:
+            for file in (self.metrics, self.skipped):
+                os.fsync(file.fileno())
+
     def write_json(self, name: str, value: Any) -> None:
         if self.is_main:
             (self.path / name).write_text(json.dumps(value, indent=1) + "\n")
@@ -117,6 +191,7 @@ class RunFolder:
         self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+        self.lock.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -127,10 +202,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        # A killed run can leave half a line at the end.
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    path.write_text("".join(kept))
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            # A killed run can leave half a line at the end.
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            kept += len(line)
+    # Cut where it is: a kill while the file is written anew would lose the lines that are kept.
+    os.truncate(path, kept)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -130,3 +131,5 @@ def write_spike(folder: Path, step: int, verdict: Verdict, loss: float, grad_nor
     }  # fmt: skip
     with (folder / SPIKES).open("a") as file:
         file.write(json.dumps(line, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

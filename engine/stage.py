@@ -48,13 +48,14 @@ class RunData:
 class StepResult:
     """loss: nats a token over all ranks; grad_norm: before clipping; skipped: why no step was taken, or None; norms: L2 norms by
     module where they are due, of weights before the step, of clipped gradients and of the optimiser's state; verdict: of the rule
-    for loss spikes."""
+    for loss spikes; stop: a rank was asked to end the run, the same on all of them."""
 
     loss: float
     grad_norm: float
     skipped: str | None = None
     norms: dict[str, float] = field(default_factory=dict)
     verdict: Verdict = OK
+    stop: bool = False
 
 
 class Stage:
@@ -135,15 +136,19 @@ class Stage:
         while self.done < self.config.steps:
             yield next(self.loader)
 
-    def train_step(self, batch: StepBatch) -> StepResult:
-        """Forward and backward over this replica's packs, one reduction, clip, and, unless it is to be skipped, the update."""
+    def train_step(self, batch: StepBatch, asked_to_stop: bool = False) -> StepResult:
+        """Forward and backward over this replica's packs, one reduction, clip, and, unless it is to be skipped, the update.
+
+        asked_to_stop: of this rank; all hear of it with the loss. A step without a loss token leaves it to the next one.
+        """
         self.rate = learning_rate(self.config, self.done)
         set_learning_rate(self.optimizer, self.rate)
         self.done, self.loader_state = self.done + 1, batch.state
         if batch.loss_tokens == 0:
             return StepResult(0.0, 0.0, "no loss token")
         with self._explain_out_of_memory():
-            loss = float(self.world.sum(self.model.accumulate(batch.packs, _share(batch.loss_tokens))))
+            share = self.model.accumulate(batch.packs, _share(batch.loss_tokens))
+            loss, askers = self.world.sum(torch.stack([share, share.new_full((), float(asked_to_stop))])).tolist()
             norm = self.model.clip_gradients(self.run_config.optimizer.clip)
             finite = math.isfinite(loss) and math.isfinite(norm)
             norms = self._norms()
@@ -152,7 +157,7 @@ class Stage:
             if skipped is None:
                 self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(loss, norm, skipped, norms, verdict)
+        return StepResult(loss, norm, skipped, norms, verdict, stop=askers > 0)
 
     def _norms(self) -> dict[str, float]:
         every = self.run_config.logging.norms_every

@@ -1,4 +1,4 @@
-"""Train a model: ``torchrun engine/train.py [CONFIG.toml] [--resume] [--dry-run] [--stages.sft.steps 100 ...]``.
+"""Train a model: ``torchrun engine/train.py [CONFIG.toml] [--continue] [--dry-run] [--stages.sft.steps 100 ...]``.
 
 This file is the recipe. Each line of it is one file of the engine.
 """
@@ -8,37 +8,42 @@ import time
 
 from smalt.engine.errors import BadRecord, UserError
 from smalt.engine.launch import Launch, agree_on_folder, join, parse_launch, watch
+from smalt.engine.preemption import Preemption
 from smalt.engine.trainer import Run, dry_run
 from smalt.parallel import Watchdog, World, leave_world
 
 
-def train(launch: Launch, world: World, watchdog: Watchdog) -> None:
+def train(launch: Launch, world: World, watchdog: Watchdog, preemption: Preemption) -> None:
     run = Run(launch, world, watchdog)
     for stage in run.stages():
         started = time.perf_counter()
         for batch in stage.batches():
-            result = stage.train_step(batch)
+            result = stage.train_step(batch, preemption.asked)
             run.after_step(stage, batch, result, seconds=time.perf_counter() - started)
+            if result.stop:
+                run.stop()
+                return
             started = time.perf_counter()
-    run.finish()
+    run.finish(preemption)
 
 
 def main(arguments: list[str]) -> int:
     try:
         launch = parse_launch(arguments)
-        world = join(launch.config)
-        launch = agree_on_folder(launch, world)
-        if launch.dry_run:
-            plan = dry_run(launch, world)
-            if world.is_main:
-                print(plan)
-        else:
-            with watch(world, launch.folder) as watchdog:
-                train(launch, world, watchdog)
+        with Preemption(launch.config.checkpoint.grace_seconds) as preemption:
+            world = join(launch.config)
+            launch = agree_on_folder(launch, world)
+            if launch.dry_run:
+                plan = dry_run(launch, world)
+                if world.is_main:
+                    print(plan)
+            else:
+                with watch(world, launch.folder) as watchdog:
+                    train(launch, world, watchdog, preemption)
+            leave_world(world)
     except (UserError, BadRecord) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    leave_world(world)
     return 0
 
 

@@ -23,6 +23,7 @@ from .evaluation import evaluate, headline, scores_json, scores_table
 from .launch import Launch
 from .memory import explain_out_of_memory
 from .plots import plot_run
+from .preemption import Preemption
 from .progress import RunProgress
 from .run_folder import CHECKPOINTS, EVALUATION, PLOT, TRACES, RunFolder, read_metrics
 from .spikes import SPIKES, Verdict, write_spike
@@ -39,10 +40,10 @@ class Run:
         self.data = open_data(self.config)
         self.step = self.checkpoint.step if self.checkpoint else 0
         self.counters: Counter[str] = Counter(self.checkpoint.state["counters"] if self.checkpoint else {})
-        self.bad_steps = 0
+        self.bad_steps, self.stopping = 0, False
         self.model: ParallelModel | None = None
         self.progress = RunProgress(self.config.total_steps, self.step, world.is_main)
-        self.folder = RunFolder(launch.folder, self.config, world.is_main, self.step if self.checkpoint else None)
+        self.folder = RunFolder(launch.folder, self.config, world.is_main, self.step if self.checkpoint else None, launch.lock)
         first, count = self.config.logging.trace_first, self.config.logging.trace_steps
         self.recorder = TraceRecorder(launch.folder / TRACES, world.rank, first, count, done=self.step)
         self.writer = CheckpointWriter(launch.folder / CHECKPOINTS, self.config.checkpoint.keep, world, self._checkpoint_failed)
@@ -87,18 +88,30 @@ class Run:
         self.writer.poll()
         # Before the save: what goes on from it must not judge this step again, nor have the weights that were given up.
         self._answer_spike(stage, batch, result)
-        if _due(self.step, config.checkpoint.every) or self.step == config.total_steps:
+        if _due(self.step, config.checkpoint.every) or self.step == config.total_steps or result.stop:
+            self.folder.sync()
             state = {"model": config.model.model_dump(), "counters": dict(self.counters), **stage.state()}
             with self.watchdog.pause("a checkpoint"):
                 self.writer.save(self.step, stage.tensors(), state)
         self._stop_if_diverged()
         self.watchdog.beat(self.step)
 
-    def finish(self) -> None:
+    def stop(self) -> None:
+        """End a run that was asked to, when its checkpoint is whole. Raises UserError when that cannot be written."""
+        self.stopping = True
+        self.recorder.close()
+        with self.watchdog.pause("the last checkpoint"):
+            self.writer.wait()
+        self.progress.close()
+        self.progress.say(f"stopped after step {self.step}, which is saved; go on with --continue --folder {self.folder.path}")
+        self.folder.close()
+
+    def finish(self, preemption: Preemption) -> None:
         """The last save, the final evaluation, the plot."""
         self.recorder.close()
         with self.watchdog.pause("the last checkpoint"):
             self.writer.wait()
+        preemption.end_at_once()
         self._evaluate(self.config.evaluation.questions, final=True)
         self.progress.close()
         if self.world.is_main:
@@ -146,6 +159,8 @@ class Run:
         self.progress.say(f"step {self.step}: {verdict.reason}; the weights go back to those of step {checkpoint.step}")
 
     def _checkpoint_failed(self, message: str) -> None:
+        if self.stopping:
+            raise UserError(f"{message}; stopped, as it was asked to")
         if self.config.checkpoint.on_error == "stop":
             raise UserError(f"{message}; stopped, as checkpoint.on_error says")
         self.counters["checkpoints failed"] += 1

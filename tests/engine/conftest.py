@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 
 from smalt.engine.data.digits import write_digits
 
@@ -104,10 +106,15 @@ def tiny_config(tiny_values, tmp_path):
 
 @pytest.fixture(scope="session")
 def train_command():
-    """train_command(args, nproc=1): the command of the README as a list, to be run in the root of the repository."""
+    """train_command(args, nproc=1, options=()): the command of the README as a list, to be run in the root of the repository.
 
-    def command(args, nproc=1):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc > 1 else []
+    options: more of torchrun, which starts one process too if there are any.
+    """
+
+    def command(args, nproc=1, options=()):
+        torchrun = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), *options] if nproc > 1 or options else []
+        )
         return [sys.executable, *torchrun, "engine/train.py", *map(str, args)]
 
     return command
@@ -127,3 +134,41 @@ def train(train_command):
         return done
 
     return run
+
+
+def _figures(folder):
+    """What a run computed, by step: everything but its speed."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def _tensors(folder):
+    """Every tensor of the newest checkpoint."""
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    found = {}
+    for shard in newest.glob("*.safetensors"):
+        with safe_open(shard, framework="pt") as file:
+            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    return found
+
+
+def _assert_same_run(killed, whole):
+    assert _figures(killed) == _figures(whole)
+    ours, theirs = _tensors(killed), _tensors(whole)
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    assert any(name.startswith("optimizer.exp_avg.") for name in theirs)
+    assert (killed / "evaluation.json").read_text() == (whole / "evaluation.json").read_text()
+
+
+@pytest.fixture(scope="session")
+def assert_same_run():
+    """assert_same_run(killed, whole): metrics but for speed, every tensor of the last checkpoint and the scores have the same bits."""
+    return _assert_same_run
+
+
+@pytest.fixture(scope="session")
+def figures():
+    """figures(folder): what a run computed, by step, without gap or repetition: everything but its speed."""
+    return _figures

@@ -1,6 +1,5 @@
 """Runs that are killed with SIGKILL, at any moment, go on to the bits of a run that was left alone."""
 
-import json
 import os
 import random
 import signal
@@ -9,8 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"stages.align.steps": 6, "stages.sft.steps": 18, "checkpoint.every": 2, "logging.validate_every": 5}
@@ -42,34 +39,8 @@ def kill(process):
     process.wait()
 
 
-def figures(folder):
-    """What a run computed, by step: everything but its speed."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-
-
-def tensors(folder):
-    """Every tensor of the newest checkpoint."""
-    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
-    found = {}
-    for shard in newest.glob("*.safetensors"):
-        with safe_open(shard, framework="pt") as file:
-            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    return found
-
-
-def assert_same_run(killed, whole):
-    assert figures(killed) == figures(whole)
-    ours, theirs = tensors(killed), tensors(whole)
-    assert ours.keys() == theirs.keys()
-    assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
-    assert any(name.startswith("optimizer.exp_avg.") for name in theirs)
-    assert (killed / "evaluation.json").read_text() == (whole / "evaluation.json").read_text()
-
-
 @pytest.mark.slow
-def test_killed_at_random_moments(tiny_config, tmp_path, train, start):
+def test_killed_at_random_moments(tiny_config, tmp_path, train, start, assert_same_run):
     config, whole, killed = tiny_config(STEPS), tmp_path / "whole", tmp_path / "killed"
     train([config, "--folder", whole])
     moments, kills = random.Random(0), 0
@@ -98,7 +69,7 @@ def lines(folder):
 
 
 @pytest.mark.slow
-def test_killed_while_a_checkpoint_is_written(tiny_config, tmp_path, train, start):
+def test_killed_while_a_checkpoint_is_written(tiny_config, tmp_path, train, start, assert_same_run):
     config, whole, killed = tiny_config(LARGE), tmp_path / "whole", tmp_path / "killed"
     train([config, "--folder", whole])
     # Two whole ones first, then a kill in the middle of the third.

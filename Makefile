@@ -44,7 +44,7 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/pip install -e ".[digits,bench,dev]"
+	$(BIN)/pip install -e ".[digits,bench,deepspeed,dev]"
 	touch $@
 
 clean: ## remove what the commands made, runs excepted

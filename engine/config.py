@@ -70,6 +70,10 @@ class StageConfig(Section):
     """Share of the records with a thought that are shown in think mode; the rest are shown without their thought."""
     truncate: float = Field(0.0, ge=0, le=1)
     """Share of those thoughts that are cut at a random budget and closed by a forced token."""
+    checkpointing: Literal["none", "full", "selective"] | None = None
+    """Instead of parallel.checkpointing in this stage: long packs need it where short ones do not."""
+    reshard_after_forward: bool | None = None
+    """Instead of parallel.reshard_after_forward in this stage."""
 
     @model_validator(mode="after")
     def _check(self) -> StageConfig:
@@ -210,6 +214,11 @@ class RunConfig(Section):
             if unknown := set(stage.mixture) - set(self.data.sources):
                 known = ", ".join(self.data.sources)
                 raise ValueError(f"stages.{name}.mixture names {', '.join(sorted(unknown))}; data.sources has {known}")
+            try:
+                self.parallel_of(name)
+            except ValidationError as error:
+                found = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+                raise ValueError(f"stages.{name} with the section parallel: {found}") from error
         reach = self.checkpoint.keep * self.checkpoint.every
         if self.spikes.enabled and reach <= self.spikes.rollback_steps:
             raise ValueError(
@@ -232,6 +241,11 @@ class RunConfig(Section):
         else:
             return
         raise ValueError(f"parallel.runtime = 'deepspeed' does not work with {wrong}, or set parallel.runtime to 'torch'")
+
+    def parallel_of(self, name: str) -> ParallelConfig:
+        """The layout with what stage ``name`` sets otherwise. Raises ValidationError where the two do not go together."""
+        own = self.stages[name].model_dump(include={"checkpointing", "reshard_after_forward"}, exclude_none=True)
+        return ParallelConfig.model_validate({**self.parallel.model_dump(), **own})
 
     @property
     def total_steps(self) -> int:

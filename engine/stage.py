@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -70,7 +70,8 @@ class Stage:
         weights: Mapping[str, Tensor] | None,
         checkpoint: Checkpoint | None,
     ):
-        self.run_config, self.config, self.name, self.world = config, config.stages[name], name, world
+        self.run_config, self.config, self.name = config, config.stages[name], name
+        self.world = world = replace(world, parallel=config.parallel_of(name).sized(world.size))
         torch.manual_seed(config.seed)
         self.model, self.optimizer = self._build(data, weights)
         self.done, self.loader_state = 0, PackerState()

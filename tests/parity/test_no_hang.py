@@ -81,6 +81,17 @@ def test_gradients_are_reduced_once_a_step(layout, workers):
     assert min(counts[0]) > 2  # one for each block that a rank holds, at least
 
 
+def test_weights_that_are_given_up_are_gathered_again(workers):
+    gathers = []
+    for given_up in (True, False):
+        records, errors = workers.record(2, {"fsdp": 2, "reshard_after_forward": given_up}, [[MIXED] * 4])
+        assert not errors
+        gathers.append([sum(e["kind"] == "allgather" for e in record["steps"][0]["entries"]) for record in records])
+    again, kept = gathers
+    blocks, packs = 6, 2
+    assert all(more - fewer >= blocks * packs for more, fewer in zip(again, kept, strict=True))
+
+
 def run(workers, size, parallel, drawn, **options):
     """As many of the drawn packs of each step as two for every replica."""
     replicas = parallel.get("fsdp", 1) * parallel.get("dp", 1)

@@ -10,6 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -28,6 +29,7 @@ from .mesh import World
 from .model import ParallelModel
 from .part import ModelPart
 from .recompute import recompute_blocks
+from .sharding import round_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 500_000_000
@@ -85,6 +87,9 @@ class DeepSpeedModel(ParallelModel):
                 self.library.zero.Init(module=module, config_dict_or_path=self.settings)
         if self.stage3:
             _name_borrowed(part, self.library.zero.register_external_parameter)
+        if self.autocast:
+            # Linear maps round their weights themselves; of a rounded copy made before, backward would keep every one.
+            round_weights(part, torch.bfloat16, but=nn.Linear)
         return part
 
     def start(self, groups: list[dict[str, Any]], rate: float, betas: tuple[float, float], eps: float) -> ZeroOptimizer:
@@ -174,7 +179,8 @@ class DeepSpeedModel(ParallelModel):
         if not self.waiting:
             return
         if math.isfinite(self.gradient_norm()):
-            self.accumulate([self._empty_pack()], lambda nll, shard: nll.sum() * math.nan)
+            empty = self._empty_pack()
+            self.accumulate([replace(empty, labels=torch.zeros_like(empty.labels))], lambda nll, shard: nll.sum() * math.nan)
         if self._run_step():
             raise RuntimeError(f"DeepSpeed {self.library.__version__} took a step with gradients that are not finite")
 

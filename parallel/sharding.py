@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from .compat import read_parameters, set_unshard_async
@@ -47,8 +48,11 @@ def _prefetch(blocks: list) -> None:
         after.set_modules_to_backward_prefetch([block])
 
 
-def round_weights(part: ModelPart, compute: torch.dtype) -> None:
-    """Let every module of a part that no mesh holds read its weights as FSDP would give them, rounded; their gradients stay wide."""
+def round_weights(part: ModelPart, compute: torch.dtype, but: type[nn.Module] | tuple[()] = ()) -> None:
+    """Let every module of a part that FSDP does not hold read its weights as FSDP would give them, rounded; their gradients stay wide.
 
+    but: modules that are left out.
+    """
     for module in part.modules():
-        read_parameters(module, lambda parameter: parameter.to(compute))
+        if not isinstance(module, but):
+            read_parameters(module, lambda parameter: parameter.to(compute))

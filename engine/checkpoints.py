@@ -157,9 +157,13 @@ def checkpoint_of_step(folder: Path, step: int) -> Checkpoint:
 
 
 def checkpoint_before(folder: Path, step: int) -> Checkpoint | None:
-    """The newest whole checkpoint of that step or earlier; None where there is none."""
-    candidates = [path for path in _committed(folder) if _step(path) <= step]
-    return next((found for path in reversed(candidates) if (found := _examine(path)[0])), None)
+    """The newest whole checkpoint of that step or earlier, None where there is none; stderr names damaged ones that it passes over."""
+    for path in reversed([path for path in _committed(folder) if _step(path) <= step]):
+        checkpoint, damage = _examine(path)
+        if checkpoint is not None:
+            return checkpoint
+        _say(f"checkpoint {path} is damaged: {damage}; the one before it is looked at")
+    return None
 
 
 def check_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:

@@ -63,9 +63,11 @@ class SpikeRule:
     def see(self, step: int, loss: float, grad_norm: float) -> Verdict:
         """Judge a step before its update is applied. step: its number; loss: over all ranks; grad_norm: before clipping.
 
-        A loss or norm that is not finite is none of this rule's business and leaves no trace in it.
+        A loss or norm that is not finite is skipped, rule or no rule, and leaves no trace in it.
         """
-        if not (self.config.enabled and math.isfinite(loss) and math.isfinite(grad_norm)):
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return Verdict("skip", "the loss or its gradient is not finite")
+        if not self.config.enabled:
             return OK
         log_norm = math.log(grad_norm) if grad_norm > 0 else None
         loss_sigmas = self._above(self.losses, loss, LEAST_LOSS, 1e-12)
@@ -126,7 +128,9 @@ class SpikeRule:
 def write_spike(folder: Path, step: int, verdict: Verdict, loss: float, grad_norm: float, samples: Iterable[SampleId]) -> None:
     """Append a line to ``spikes.jsonl``: what was decided, and every document of the step. For the main process."""
     line = {
-        "step": step, "action": verdict.action, "reason": verdict.reason, "loss": loss, "grad_norm": grad_norm,
+        "step": step, "action": verdict.action, "reason": verdict.reason,
+        # JSON knows no NaN.
+        "loss": loss if math.isfinite(loss) else None, "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "samples": [asdict(sample) for sample in samples],
     }  # fmt: skip
     with (folder / SPIKES).open("a") as file:

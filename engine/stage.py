@@ -154,7 +154,7 @@ class Stage:
             finite = math.isfinite(loss) and math.isfinite(norm)
             norms = self._norms()
             verdict = self.rule.see(self.first_step + self.done, loss, norm)
-            skipped = "non-finite" if not finite else "spike" if verdict.action != "ok" else None
+            skipped = None if verdict.action == "ok" else "spike" if finite else "non-finite"
             if skipped is None:
                 self.optimizer.step()
         self.optimizer.zero_grad()

@@ -63,6 +63,8 @@ class ParallelConfig(BaseModel):
     """Pipeline stages a rank under "interleaved" and "zero_bubble"."""
     reshard_after_forward: bool | None = None
     """Give gathered weights up after the forward pass of a block; when not given, yes, but not in a pipeline."""
+    reduce_every_pack: bool = False
+    """Reduce gradients after each pack, not once a step: whole gradients do not wait for the last pack, and more is exchanged."""
     prefetch: bool = True
     """Gather the weights of the next block while one computes."""
     checkpointing: Literal["none", "full", "selective"] = "none"
@@ -88,6 +90,8 @@ class ParallelConfig(BaseModel):
             raise ValueError("memory_budget needs compile = true")
         if self.memory_budget is not None and self.checkpointing != "none":
             raise ValueError(f"memory_budget and checkpointing = {self.checkpointing!r} both choose what is kept; use one")
+        if self.reduce_every_pack and self.pp > 1:
+            raise ValueError("reduce_every_pack does not work with pp above 1: the schedule reduces, once; leave it out")
         if self.async_tp and not (self.compile and self.tp > 1):
             raise ValueError("async_tp needs compile = true and tp above 1")
         if self.schedule == "zero_bubble" and self.pp > 1 and self.reshard_after_forward:

@@ -102,24 +102,27 @@ class World:
         return values
 
 
-def alone(device: torch.device) -> World:
-    """A single process, without a process group."""
-    return World(0, 1, device, ParallelConfig(fsdp=1), None)
+def alone(device: torch.device, parallel: ParallelConfig | None = None) -> World:
+    """A single process, without a process group. Raises ValueError when an axis is larger than 1."""
+    return World(0, 1, device, (parallel or ParallelConfig()).sized(1), None)
 
 
 def join_world(device: str = "auto", parallel: ParallelConfig | None = None) -> World:
     """Join the processes that torchrun started, or stand alone. device: "auto" (a GPU where there is one), "cpu" or "cuda".
 
-    DeepSpeed needs a process group even alone. Raises ValueError when the axes do not multiply to the number of processes.
+    DeepSpeed needs a process group even alone. Raises ValueError when the axes do not multiply to the number of processes, or the
+    device lacks what the layout needs.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     parallel = (parallel or ParallelConfig()).sized(size)
+    if parallel.async_tp and kind != "cuda":
+        raise ValueError("parallel.async_tp works on GPUs, and this run is on the cpu: leave it out")
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(target)
     if size == 1 and parallel.runtime == "torch":
-        return alone(target)
+        return alone(target, parallel)
     # Workers that torchrun restarts would read the addresses of the dead ones from the old keys: every life has its own prefix.
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT)) if size > 1 else (dist.HashStore(), 0, 1)
     life = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -142,7 +145,7 @@ def build_meshes(parallel: ParallelConfig, kind: str, timeout: timedelta = TIMEO
     def view(**axes: int) -> DeviceMesh:
         backends: dict[int | str, Any] = dict.fromkeys(axes, backend)
         mesh = init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes), backend_override=backends)
-        for axis in axes:
+        for axis in axes if backend != "fake" else ():
             set_group_timeout(mesh.get_group(axis), timeout)
         return mesh
 

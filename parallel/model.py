@@ -106,7 +106,7 @@ class ParallelModel:
         return {name: p for name, p in self.named_parameters() if not (copied and name == TIED)}
 
     def accumulate(self, packs: list[PackedBatch], loss: Callable[[Tensor, PackShard], Tensor]) -> Tensor:
-        """Add the gradients of all packs of this replica, reduced over ranks once, at the last.
+        """Add the gradients of all packs of this replica, reduced over ranks once, at the last, or as ``reduce_every_pack`` says.
 
         loss(nll, shard) is a sum over rows, divided by what all ranks know. Returns this rank's share of the loss, whose sum over the
         world is the whole, float64 without dims.
@@ -118,7 +118,7 @@ class ParallelModel:
             (part,), total = self.parts, self._zero()
             for i, shard in enumerate(part.shards):
                 if isinstance(part, FSDPModule):
-                    part.set_requires_gradient_sync(i == len(packs) - 1)
+                    part.set_requires_gradient_sync(i == len(packs) - 1 or self.world.parallel.reduce_every_pack)
                 value = loss(part(microbatch=torch.tensor([i])), shard)
                 value.backward()
                 total += value.detach()
@@ -149,9 +149,11 @@ class ParallelModel:
             (part,) = self.parts
             for i, shard in enumerate(part.shards):
                 total += loss(part(microbatch=torch.tensor([i])), shard)
-        for part in self.parts:
-            if isinstance(part, FSDPModule):
-                part.reshard()  # FSDP keeps the weights of the root for a backward pass
+        # FSDP keeps gathered weights for a backward pass: those of the root, and of blocks that do not give them up. The next forward
+        # pass would find them as they were, whatever became of the weights.
+        for module in (module for part in self.parts for module in part.modules()):
+            if isinstance(module, FSDPModule):
+                module.reshard()
         return total / self.world.parallel.tp
 
     def gradient_norm(self) -> float:
@@ -206,6 +208,8 @@ class ParallelModel:
 
             rows = self.sequence_length // (self.world.parallel.cp * self.world.parallel.tp)
             self.pipeline = Pipeline(self.parts, self.world, rows, count, self.dtype)
+        if count != self.pipeline.num_microbatches:
+            raise ValueError(f"{count} packs for a pipeline that was made for {self.pipeline.num_microbatches}")
         shards = self.parts[0].shards
         found = self.pipeline.run(lambda output, number: loss(output, shards[number]), backward)
         return sum((value.double() for value in found), start=self._zero())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("kernels", "model", "parallel", "profiling", "engine", "integrations")
+ROOMS = ("kernels", "model", "parallel", "profiling", "engine")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _DISTRIBUTED = os.path.join(_TORCH, "distributed") + os.sep
 _STDLIB = sysconfig.get_paths()["stdlib"] + os.sep

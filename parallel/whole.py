@@ -23,7 +23,7 @@ Item = tuple[int, Coordinate]
 """Number of a matrix in its round, and whose part of it."""
 
 
-class Round:
+class Deal:
     """Matrices that are cut along the same axes of a mesh, at most one a process; matrix i belongs to process i of these axes.
 
     Raises ValueError for a matrix whose part here is not what its placements say.
@@ -101,7 +101,7 @@ class Round:
         return part_bounds(matrix, coordinate)
 
 
-def rounds(matrices: Iterable[Tensor]) -> list[Round]:
+def rounds(matrices: Iterable[Tensor]) -> list[Deal]:
     """The matrices dealt out. The dearest first, so that those of a round cost about the same; in the same order on every process."""
     alike: dict[Hashable, list[Tensor]] = {}
     for matrix in matrices:
@@ -111,7 +111,7 @@ def rounds(matrices: Iterable[Tensor]) -> list[Round]:
     for members in alike.values():
         members.sort(key=lambda m: m.numel() * min(m.shape), reverse=True)
         size = math.prod(members[0].device_mesh.size(axis) for axis in cut_axes(members[0]))  # type: ignore[attr-defined]
-        dealt += [Round(members[i : i + size]) for i in range(0, len(members), size)]
+        dealt += [Deal(members[i : i + size]) for i in range(0, len(members), size)]
     return dealt
 
 

@@ -1,9 +1,9 @@
 """What a rank of a layout holds, counted from the tensors that the layout makes, without a GPU and for any number of ranks.
 
 The model is built on the meta device over torch's fake process group. Counted are weights, gradients and AdamW's two moments in
-fp32, the weights in bf16 that are gathered at a time (the root, and two of the largest blocks: one computes, the next one comes), and
-what full activation checkpointing keeps, the input of every block. Not counted: what one block computes with, the tiles'
-activations, buffers of collectives, fragmentation.
+fp32, the weights in bf16 that are gathered at a time (the root, and two of the largest blocks: one computes, the next one comes),
+whole gradients in fp32 that wait for the last pack of a step, and what full activation checkpointing keeps, the input of every block.
+Not counted: what one block computes with, the tiles' activations, buffers of collectives, fragmentation.
 """
 
 from __future__ import annotations
@@ -54,18 +54,22 @@ LENGTHS = (4096, 32_768)
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on the rank of the world that holds most. kept: inputs of blocks under full checkpointing, by sequence length."""
+    """Bytes on the rank of the world that holds most. kept: inputs of blocks under full checkpointing, by sequence length; waiting:
+    whole gradients, while packs of a step add up; pipelined: there are always several."""
 
     parameters: int
     weights: int
     gradients: int
     state: int
     gathered: int
+    waiting: int
+    pipelined: bool
     kept: dict[int, int]
 
     def total(self, length: int) -> int:
-        """All that is counted, for packs of a length."""
-        return self.weights + self.gradients + self.state + self.gathered + self.kept[length]
+        """All that is counted, for packs of a length; without a pipeline one a step."""
+        waiting = self.waiting if self.pipelined else 0
+        return self.weights + self.gradients + self.state + self.gathered + waiting + self.kept[length]
 
 
 def rank_memory(model: ModelConfig, size: int, parallel: ParallelConfig, lengths: tuple[int, ...] = LENGTHS) -> RankMemory:
@@ -87,13 +91,15 @@ def _of_rank(model: ModelConfig, size: int, rank: int, parallel: ParallelConfig,
             unit = ".".join(name.split(".")[:3]) if ".blocks." in name else "root"
             units[unit] = units.get(unit, 0) + p.numel() // (tp if unit != "root" and name.startswith("language") else 1)
         blocks = sorted((n for unit, n in units.items() if unit != "root"), reverse=True)
-        gathered = 0 if size == 1 else 2 * (units.get("root", 0) // tp + sum(blocks if parallel.keeps_gathered else blocks[:2]))
+        root = units.get("root", 0) // tp
+        gathered = 0 if size == 1 else 2 * (root + sum(blocks if parallel.keeps_gathered else blocks[:2]))
+        whole = 0 if size == 1 else 4 * (root + sum(blocks))
         num_blocks = sum(len(part.language.blocks) for part in built.parts)
         # A pipeline under 1F1B keeps the microbatches that are on their way: as many as ranks, on the first.
         waiting = parallel.pp - world.coordinates["pp"] if parallel.pp > 1 else 1
         kept = {n: 4 * num_blocks * waiting * model.language.width * n // (parallel.cp * tp) for n in lengths}
         total = sum(p.numel() for p in built.parameters())
-        return RankMemory(total, 4 * own, 4 * own, 8 * own, gathered, kept)
+        return RankMemory(total, 4 * own, 4 * own, 8 * own, gathered, whole, parallel.pp > 1, kept)
 
 
 def memory_table() -> list[list[str]]:
@@ -105,13 +111,13 @@ def memory_table() -> list[list[str]]:
             found = rank_memory(model, size, parallel)
             sizes = {"pp": parallel.pp, "dp": parallel.dp, "fsdp": parallel.fsdp, "cp": parallel.cp, "tp": parallel.tp}
             layout = " x ".join(f"{axis}{n}" for axis, n in sizes.items() if n != 1) or "one GPU"
-            held = [found.weights + found.gradients + found.state, found.gathered, *found.kept.values()]
+            held = [found.weights + found.gradients + found.state, found.gathered, found.waiting, *found.kept.values()]
             totals = [found.total(length) for length in LENGTHS]
             rows.append([name, str(size), layout, *(f"{b / GIB:.1f}" for b in [*held, *totals])])
     return rows
 
 
-HEADER = ["model", "GPUs", "axes", "weights, gradients, AdamW", "gathered", "kept, 4K", "kept, 32K", "sum, 4K", "sum, 32K"]
+HEADER = ["model", "GPUs", "axes", "weights, gradients, AdamW", "gathered", "waiting", "kept, 4K", "kept, 32K", "sum, 4K", "sum, 32K"]
 
 
 def print_memory(rows: list[list[str]]) -> None:

@@ -170,6 +170,7 @@ def test_a_diverging_run_stops_and_says_what_to_do(tiny_config, run, lines):
     assert code == 1
     assert "error: the loss or its gradient was not finite in 3 steps in a row, up to step 4; lower learning_rate" in said
     assert [m.get("steps skipped: non-finite", 0) for m in lines("metrics.jsonl")] == [0, 1, 2, 3]
+    assert [(s["step"], s["action"], bool(s["samples"])) for s in lines("spikes.jsonl")] == [(n, "skip", True) for n in (2, 3, 4)]
     assert lines("metrics.jsonl")[-1]["loss"] is None
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from smalt.engine.checkpoints import CheckpointWriter, checkpoint_of_step, latest_checkpoint, load_tensors
+from smalt.engine.checkpoints import CheckpointWriter, checkpoint_before, checkpoint_of_step, latest_checkpoint, load_tensors
 from smalt.engine.errors import UserError
 from smalt.parallel import alone
 
@@ -213,3 +213,13 @@ def test_those_of_an_older_version_are_refused_when_cut_off(old, name, capfd):
     assert_loads(latest_checkpoint(old), 1)
     assert f"{name} cannot be read" in capfd.readouterr().err
     assert "step-00000002.damaged" in names(old)
+
+
+def test_a_rollback_passes_over_damage_and_says_so(three, capsys):
+    flip(three / "step-00000002" / "state.json", 9)
+    assert checkpoint_before(three, 2).step == 1
+    said = capsys.readouterr().err
+    assert "step-00000002 is damaged" in said
+    assert "step-00000003" not in said
+    assert checkpoint_before(three, 0) is None
+    assert checkpoint_before(three, 9).step == 3

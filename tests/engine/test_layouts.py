@@ -17,6 +17,7 @@ CHANGES = {
 # What each run is started on, and what goes on from its checkpoint after step 4.
 LAYOUTS = {
     "fsdp2": (2, {}),
+    "fsdp2-kept": (2, {"reshard_after_forward": False}),
     "cp2": (2, {"cp": 2}),
     "pp2-zero_bubble": (2, {"pp": 2, "schedule": "zero_bubble"}),
     "fsdp2xtp2": (4, {"tp": 2}),

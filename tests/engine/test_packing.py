@@ -6,9 +6,11 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smalt.engine.data.loader import Loader
 from smalt.engine.data.packing import BAD_IN_A_ROW, Packer, PackerState, split_document
 from smalt.engine.data.stream import SkippedSample
 from smalt.engine.errors import BadRecord
@@ -227,3 +229,24 @@ def test_split_documents_lose_no_target_in_packs(lengths, num_packs, window):
         learned.update(d.tokens[1:][d.targets[1:]].tolist())
     expected = [t for i in range(plan.state.cursor) for t in _reader(lengths)(i).tokens[1:].tolist()]
     assert learned == Counter(expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(**MIXED, num_replicas=st.sampled_from([1, 2, 4]), prefetch=st.integers(1, 6), taken=st.integers(0, 3))
+def test_loaders_of_any_number_of_replicas_and_steps_ahead_have_the_same_packs(
+    lengths, num_packs, window, num_replicas, prefetch, taken
+):
+    num_packs *= num_replicas
+    planner = _packer(lengths, num_packs, window)
+    plans = [planner.next() for _ in range(3)]
+    loaders = [Loader(_packer(lengths, num_packs, window), rank, num_replicas, "causal", 2, prefetch) for rank in range(num_replicas)]
+    for plan in plans[:taken]:
+        steps = [next(loader) for loader in loaders]
+        dealt = [steps[number % num_replicas].packs[number // num_replicas] for number in range(num_packs)]
+        for one, documents in zip(dealt, plan.packs, strict=True):
+            assert torch.equal(one.tokens, pack(documents, LENGTH, "causal", 2).tokens)
+        # The cursor is that of what was taken, however far ahead the loader is.
+        assert [asdict(step.state) for step in steps] == [asdict(plan.state)] * num_replicas
+        assert {step.loss_tokens for step in steps} == {float(sum(d.targets[1:].sum() for p in plan.packs for d in p))}
+    for loader in loaders:
+        loader.close()

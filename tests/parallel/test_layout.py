@@ -21,6 +21,7 @@ MODEL = ModelConfig(
     ("fields", "message"),
     [
         ({"pp": 2, "schedule": "zero_bubble", "reshard_after_forward": True}, "loses gradients"),
+        ({"pp": 2, "reduce_every_pack": True}, "the schedule reduces"),
         ({"pp": 2, "schedule": "zero_bubble", "checkpointing": "selective"}, "backward comes in halves"),
         ({"memory_budget": 0.5}, "memory_budget needs compile"),
         ({"memory_budget": 0.5, "compile": True, "checkpointing": "full"}, "both choose"),

@@ -20,6 +20,7 @@ import recording
 import torch
 import torch.distributed as dist
 import workload
+from torch._dynamo.utils import counters
 
 from smalt.parallel import ParallelConfig, ParallelModel
 from smalt.parallel.mesh import World, alone, build_meshes
@@ -50,6 +51,7 @@ def run_layout(case, world):
         optimizer.step()
         optimizer.zero_grad()
     result["parameters"] = model.full_state()
+    result["graphs"] = counters["stats"]["unique_graphs"]
     return result
 
 
@@ -75,7 +77,7 @@ def run_case(case, rank):
         return workload.run_reference(case["variant"], case["trainable"], case["dtype"])
     parallel = ParallelConfig(**case["parallel"]).sized(size)
     if size == 1:
-        return run_layout(case, alone(torch.device("cpu")))
+        return run_layout(case, alone(torch.device("cpu"), parallel))
     timeout = timedelta(seconds=case["timeout"])
     dist.init_process_group("gloo", store=dist.FileStore(case["out"] + ".store", size), rank=rank, world_size=size, timeout=timeout)
     try:

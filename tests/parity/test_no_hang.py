@@ -16,6 +16,7 @@ LAYOUTS = [
     (4, {"cp": 2, "tp": 2}),
     (2, {"cp": 2, "context": "scatter"}),
     (4, {"pp": 2, "fsdp": 2, "schedule": "zero_bubble"}),
+    (4, {"pp": 2, "fsdp": 2, "schedule": "interleaved"}),
     (4, {"dp": 2, "cp": 2}),
 ]
 # What a pack is made of: nothing, text, tokens that nobody learns, tiles, and mixtures.
@@ -69,15 +70,18 @@ def test_collectives_are_a_function_of_the_configuration(layout, workers, drawn)
             assert [["allreduce" if kind == "reducescatter" else kind, group] for kind, group in seen] == step["launched"]
 
 
-@pytest.mark.parametrize("layout", [(2, {"fsdp": 2}), (4, {"pp": 2, "fsdp": 2, "schedule": "interleaved"})], ids=name_of)
-def test_gradients_are_reduced_once_a_step(layout, workers):
+REDUCED = [(2, {"fsdp": 2}), (4, {"pp": 2, "fsdp": 2, "schedule": "interleaved"}), (2, {"fsdp": 2, "reduce_every_pack": True})]
+
+
+@pytest.mark.parametrize("layout", REDUCED, ids=name_of)
+def test_gradients_are_reduced_once_a_step_or_once_a_pack(layout, workers):
     size, parallel = layout
     counts = []
     for num_packs in (4, 8):
         records, errors = workers.record(size, parallel, [[MIXED] * num_packs])
         assert not errors
         counts.append([sum(e["kind"] == "reducescatter" for e in record["steps"][0]["entries"]) for record in records])
-    assert counts[0] == counts[1]
+    assert counts[1] == [count * (2 if "reduce_every_pack" in parallel else 1) for count in counts[0]]
     assert min(counts[0]) > 2  # one for each block that a rank holds, at least
 
 

@@ -3,12 +3,16 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch.distributed.device_mesh import init_device_mesh
 
+from smalt.model import Document, LanguageConfig, ModelConfig, VisionConfig, pack
+from smalt.parallel import ParallelConfig, ParallelModel, World
 from smalt.parallel.compat import set_unshard_async
+from smalt.parallel.mesh import build_meshes
 from smalt.profiling.bench_overlap import context_step, sharded_model
 from smalt.profiling.record import TraceRecorder
 
@@ -58,6 +62,25 @@ def other_collectives(groups):
     return step
 
 
+def engine_step(prefetch):
+    """A step of the engine's own model, whose decoder has four blocks."""
+    parallel = ParallelConfig(fsdp=2, prefetch=prefetch)
+    world = World(dist.get_rank(), 2, torch.device("cpu"), parallel, build_meshes(parallel, "cpu"))
+    vision = VisionConfig(num_layers=1, width=32, num_heads=2, ffn=32, patch=2, tile=4)
+    language = LanguageConfig(num_layers=4, width=WIDTH, num_heads=8, num_kv_heads=8, head_dim=64, ffn=WIDTH, vocabulary=256)
+    model = ParallelModel(ModelConfig(vision=vision, language=language), world, 0, torch.float32, ("language",), 128)
+    tokens = np.arange(128) % 256
+    text = Document(tokens, np.ones(128, bool), tokens[:0], np.zeros((0, 3, 4, 4), np.float32), np.zeros((0, 2), np.int64))
+    packs = [pack([text], 128, "causal", 4)]
+
+    def step():
+        model.accumulate(packs, lambda nll, shard: nll.mean())
+        for p in model.parameters():
+            p.grad = None
+
+    return step, dict(world.groups)
+
+
 def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -75,6 +98,9 @@ def main(folder):
     record(folder / "backward-only", forward_and_backward(late), axes)
     record(folder / "keys-whole", context_step(flat, 1), {})
     record(folder / "keys-in-parts", context_step(flat, 4), {})
+    for name, prefetch in (("engine", True), ("engine-late", False)):
+        step, axes = engine_step(prefetch)
+        record(folder / name, step, {"fsdp_cp": axes["fsdp_cp"]})
     groups = {name: dist.new_group([0, 1], group_desc=f"mesh_{name}") for name in ("cp", "dp", "tp", "pp")}
     record(folder / "others", other_collectives(groups), {"pp": groups["pp"]})
     dist.destroy_process_group()

@@ -60,3 +60,11 @@ def test_table_of_the_documentation(tmp_path):
     copy.write_text(memory.DOCS.read_text())
     memory.write_docs(memory.memory_table(), copy)
     assert copy.read_text() == memory.DOCS.read_text(), "run smalt memory --write"
+
+
+def test_whole_gradients_wait_where_a_step_has_several_packs():
+    assert of(1).waiting == 0
+    assert of(2).waiting == of(4, dp=2).waiting == 4 * TOTAL
+    assert of(2).total(64) == of(2).weights + of(2).gradients + of(2).state + of(2).gathered + of(2).kept[64]
+    staged = of(2, pp=2)
+    assert staged.total(64) == staged.weights + staged.gradients + staged.state + staged.gathered + staged.waiting + staged.kept[64]

@@ -64,7 +64,7 @@ def recorded(tmp_path_factory):
     return folder
 
 
-def gathers(trace):
+def gathers(trace, prefix="", nbytes=4 * 8 * 512**2):
     """Of each block's all-gathers, forward and backward: in how many of the recorded steps they were in flight over compute.
 
     The first all-gather of a block in a step is that of the forward pass, the second that of the backward pass.
@@ -72,11 +72,11 @@ def gathers(trace):
     counts = {}
     for _, start, end in trace.steps:
         for block in BLOCKS:
-            label = f"FSDP::all_gather ({block})"
+            label = f"FSDP::all_gather ({prefix}{block})"
             found = [c for c in trace.collectives if c.label == label and start <= c.start < end]
             assert [(c.kind, c.axis, c.estimated) for c in found] == [("all_gather", "fsdp_cp", False)] * 2
-            # Whole parameters of a block, 8 C^2 floats.
-            assert {c.nbytes for c in found} == {4 * 8 * 512**2}
+            # Whole parameters of a block.
+            assert {c.nbytes for c in found} == {nbytes}
             for name, c in zip(("forward", "backward"), found, strict=True):
                 counts[name, block] = counts.get((name, block), 0) + bool(intersection([(c.start, c.end)], trace.compute))
     return counts
@@ -93,6 +93,17 @@ def test_prefetched_all_gathers_are_in_flight_during_compute(recorded, rank):
     assert overlapped["prefetch"] == forward | backward
     assert overlapped["at-once"] == set()
     assert overlapped["backward-only"] == backward
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_engine_prefetches(recorded, rank):
+    nbytes = 4 * (4 * 512 * 512 + 3 * 512 * 512 + 2 * 512)  # attention, feed-forward, two norms
+    counts = {name: gathers(read_traces(recorded / name)[rank], "language.blocks.", nbytes) for name in ("engine", "engine-late")}
+    overlapped = {name: {key for key, count in found.items() if count} for name, found in counts.items()}
+    ahead = {("forward", b) for b in BLOCKS[1:]} | {("backward", b) for b in BLOCKS[:-1]}
+    assert overlapped["engine"] >= ahead
+    assert not overlapped["engine-late"]
 
 
 def overlaps(trace, kind):

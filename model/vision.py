@@ -62,7 +62,7 @@ class VisionTower(nn.Module):
         plan = attention_plan(kv_start, kv_end)
         for block in self.blocks:
             x = block(x, kv_start, kv_end, plan)
-        return self.norm(x.view(n, grid, grid, -1))
+        return self.norm(x).view(n, grid, grid, -1)
 
 
 class Projector(nn.Module):

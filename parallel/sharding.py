@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 
 import torch
@@ -24,6 +25,8 @@ def shard_part(part: ModelPart, world: World, compute: torch.dtype | None) -> No
     assert world.meshes is not None
     reshard = not world.parallel.keeps_gathered
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32, cast_forward_inputs=False)
+    # The tower's rows are a view, which the projector reads and nothing writes into.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPVisionTower\) returned a view tensor")
     tower = [*part.vision.blocks, part.vision, part.projector] if part.is_first else []
     for module in tower:
         fully_shard(module, mesh=world.meshes.vision, mp_policy=policy, reshard_after_forward=reshard)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,7 @@ class DataConfig(Section):
     validation_documents: int = Field(200, ge=1)
     """Documents of each validation source that are used."""
     packs_per_step: int = Field(1, ge=1)
-    """Packs in one optimiser step, over all processes; a multiple of their number."""
+    """Packs in one optimiser step, over all processes; a multiple of dp x fsdp, and of pp times that."""
     window: int = Field(256, ge=1)
     """Samples that the packer reads at a time."""
     long_documents: Literal["skip", "split"] = "skip"
@@ -273,6 +274,14 @@ def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         raise UserError("\n".join([f"{where}:", *(_explain(e, raw) for e in error.errors())])) from error
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {prefix + key: value}
+    return found
 
 
 def _merged(values: dict[str, Any], changes: Any) -> Any:

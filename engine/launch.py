@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +13,12 @@ from typing import IO
 import tyro
 
 from smalt.model import PRESETS
-from smalt.parallel import Watchdog, World, join_world
+from smalt.parallel import Watchdog, World, lay_out
 
 from .checkpoints import Checkpoint, check_architecture, holds_checkpoints, latest_checkpoint
-from .config import RunConfig, load_config, parse_config
+from .config import RunConfig, flat, load_config, parse_config
 from .errors import UserError
-from .run_folder import CHECKPOINTS, STALLS, latest_run, lock_folder, new_run, read_config, run_of_this_torchrun
+from .run_folder import CHECKPOINTS, CONFIG, STALLS, latest_run, lock_folder, new_run, read_config, run_of_this_torchrun
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.toml"
 _USAGE = """\
@@ -37,7 +36,7 @@ Train a model: torchrun [--nproc-per-node N] engine/train.py [CONFIG.toml] [OPTI
 @dataclass(frozen=True)
 class Launch:
     """What the command line asks for. folder: the run's; checkpoint: where a run that is to be resumed goes on from, None for a new
-    run and until :func:`agree_on_folder` has found it; resume: the folder may be that of a run already; may_begin: it may hold no
+    run and until :func:`agree_on_launch` has found it; resume: the folder may be that of a run already; may_begin: it may hold no
     checkpoint yet; lock: of the main process on a folder that was there before."""
 
     config: RunConfig
@@ -49,8 +48,25 @@ class Launch:
     lock: IO[str] | None = None
 
 
-def parse_launch(arguments: Sequence[str]) -> Launch:
-    """Read the command line. Raises UserError for a wrong config; exits with tyro's message for a wrong option."""
+def agree_on_launch(arguments: Sequence[str], world: World) -> Launch:
+    """What the command line asks for, read by the main process alone, so that no two processes see different files; every rank calls
+    it. Raises UserError on all for a wrong config, or where there is no checkpoint to go on from, or one of another architecture."""
+    lock: IO[str] | None = None
+
+    def read() -> Launch:
+        nonlocal lock
+        launch = parse_launch(arguments, world.restarted)
+        if launch.resume and launch.folder.exists() and not launch.dry_run:
+            # Workers that outlive their torchrun take as long as that to see it, save and end.
+            lock = lock_folder(launch.folder, launch.config.checkpoint.grace_seconds + 30)
+        return replace(launch, checkpoint=_checkpoint(launch))
+
+    return replace(world.agree(read), lock=lock)
+
+
+def parse_launch(arguments: Sequence[str], restarted: bool = False) -> Launch:
+    """Read the command line. restarted: torchrun has started workers of this run before. Raises UserError for a wrong config; exits
+    with tyro's message for a wrong option."""
     parser = argparse.ArgumentParser(prog="engine/train.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--folder", type=Path)
     go_on = parser.add_mutually_exclusive_group()
@@ -58,38 +74,48 @@ def parse_launch(arguments: Sequence[str]) -> Launch:
     go_on.add_argument("--continue", action="store_true", dest="go_on")
     parser.add_argument("--dry-run", action="store_true")
     own, rest = parser.parse_known_args(list(arguments))
-    path = DEFAULT_CONFIG
-    if rest and not rest[0].startswith("-"):
+    path, given = DEFAULT_CONFIG, bool(rest) and not rest[0].startswith("-")
+    if given:
         path, rest = Path(rest[0]), rest[1:]
-    config = load_config(path)
-    folder = _run_to_go_on_with(config, own)
-    if folder is not None and (own.resume or holds_checkpoints(folder / CHECKPOINTS)):
-        config = read_config(folder)
     if {"-h", "--help"} & set(rest):
         sys.stdout.write(f"{_USAGE}\nEvery value of the config, with the one it has in {path}:\n\n")
         sys.stdout.flush()
-    if rest:
-        overridden = _override(config, rest)
-        if overridden.preset != config.preset and overridden.preset in PRESETS:
-            # The preset that the command line names stands in for the model of the file; other options still change it.
-            overridden = _override(config.model_copy(update={"model": PRESETS[overridden.preset]}), rest)
-        config = parse_config(overridden.model_dump(), "command line")
+    config = _overridden(load_config(path), rest)
+    folder = _run_to_go_on_with(config.name, own, restarted)
+    if folder is not None and (own.resume or holds_checkpoints(folder / CHECKPOINTS)):
+        asked, config = config, _overridden(read_config(folder), rest)
+        if given:
+            _warn_of_differences(asked, config, path, folder)
     return Launch(config, folder or new_run(config, own.folder), None, own.dry_run, folder is not None, not own.resume)
 
 
-def _run_to_go_on_with(config: RunConfig, own: argparse.Namespace) -> Path | None:
+def _run_to_go_on_with(name: str, own: argparse.Namespace, restarted: bool) -> Path | None:
     """The folder to go on in, None to begin in a new one. Workers that were restarted take only what earlier ones of them began."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    ours = run_of_this_torchrun(own.folder, restarted) if restarted or own.go_on else None
+    ours = run_of_this_torchrun(name, own.folder, restarted) if restarted or own.go_on else None
     if own.resume:
-        return ours or latest_run(config.name, own.folder)
-    return own.folder or ours if own.go_on else ours
+        return ours or latest_run(name, own.folder)
+    if own.go_on:
+        return own.folder or ours
+    return ours
 
 
-def join(config: RunConfig) -> World:
-    """Join the processes of the run. Raises UserError when their number is not that of the layout."""
+def _warn_of_differences(asked: RunConfig, used: RunConfig, path: Path, folder: Path) -> None:
+    """The run's own config counts; what the file would have now is not to be passed over in silence."""
+    there, here = flat(asked.model_dump()), flat(used.model_dump())
+    different = [f"{key}: {here.get(key)} ({there.get(key)} in the file)" for key in here | there if here.get(key) != there.get(key)]
+    if different:
+        more = f", and {len(different) - 5} more" if len(different) > 5 else ""
+        print(
+            f"warning: {path} differs from the config of the run, {folder / CONFIG}, which is used: {', '.join(different[:5])}{more}; "
+            "give an option to change a value",
+            file=sys.stderr,
+        )
+
+
+def lay_out_run(config: RunConfig, world: World) -> World:
+    """The world with the layout of the run. Raises UserError when the number of processes is not that of the layout."""
     try:
-        return join_world(config.device, config.parallel)
+        return lay_out(world, config.device, config.parallel)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -103,28 +129,22 @@ def watch(world: World, folder: Path) -> Watchdog:
     return watchdog
 
 
-def agree_on_folder(launch: Launch, world: World) -> Launch:
-    """The launch with the folder of the first process, each made the name of its own from the time, and with the checkpoint that the
-    first process has verified. Raises UserError on every process when there is none, or when it is of another architecture."""
-    lock: IO[str] | None = None
-
-    def look() -> tuple[Path, Checkpoint | None]:
-        nonlocal lock
-        if launch.resume and launch.folder.exists() and not launch.dry_run:
-            # Workers that outlive their torchrun take as long as that to see it, save and end.
-            lock = lock_folder(launch.folder, launch.config.checkpoint.grace_seconds + 30)
-        return launch.folder, _checkpoint(launch)
-
-    folder, checkpoint = world.agree(look)
-    return replace(launch, folder=folder, checkpoint=checkpoint, lock=lock)
-
-
 def _checkpoint(launch: Launch) -> Checkpoint | None:
     if not launch.resume or (launch.may_begin and not holds_checkpoints(launch.folder / CHECKPOINTS)):
         return None
     checkpoint = latest_checkpoint(launch.folder / CHECKPOINTS)
     check_architecture(checkpoint, launch.config.model)
     return checkpoint
+
+
+def _overridden(config: RunConfig, options: list[str]) -> RunConfig:
+    if not options:
+        return config
+    changed = _override(config, options)
+    if changed.preset != config.preset and changed.preset in PRESETS:
+        # The preset that the command line names stands in for the model of the file; other options still change it.
+        changed = _override(config.model_copy(update={"model": PRESETS[changed.preset]}), options)
+    return parse_config(changed.model_dump(), "command line")
 
 
 def _override(config: RunConfig, options: list[str]) -> RunConfig:

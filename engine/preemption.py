@@ -28,8 +28,8 @@ class Preemption:
     processes meet: what waits for those of a dead torchrun would wait long. The first process speaks for all, on stderr.
     """
 
-    def __init__(self, grace_seconds: float):
-        self.grace_seconds = grace_seconds
+    def __init__(self, grace_seconds: float = 30.0):
+        self.grace_seconds = grace_seconds  # of the config, as soon as that is read
         self.is_main = os.environ.get("RANK", "0") == "0"
         self.asked = False
         self._safe = False
@@ -85,7 +85,9 @@ class Preemption:
             with contextlib.suppress(TimeoutError):
                 if not self._signals.recv(64):
                     return
-        self._say(f"no checkpoint could be saved in {self.grace_seconds:g} s (checkpoint.grace_seconds); the one before it stays good")
+        self._say(
+            f"not at an end in {self.grace_seconds:g} s (checkpoint.grace_seconds); the last checkpoint that was finished is good"
+        )
         os._exit(1)
 
     def _end(self) -> None:

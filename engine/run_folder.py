@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -40,23 +41,36 @@ def latest_run(name: str, folder: Path | None) -> Path:
         if not (folder / CONFIG).exists():
             raise UserError(f"{folder} holds no run to resume: {CONFIG} is missing")
         return folder
-    found = sorted((p for p in Path("runs").glob(f"{name}-*") if (p / CONFIG).exists()), key=lambda p: p.stat().st_mtime)
+    found = [path for path in _runs_named(name) if (path / CONFIG).exists()]
     if not found:
         raise UserError(f"there is no run of {name!r} under runs/ to resume")
     return found[-1]
 
 
-def run_of_this_torchrun(folder: Path | None, restarted: bool) -> Path | None:
-    """The folder where earlier workers of this torchrun began a run: the one given, or one under runs/; None if they began none.
+def _runs_named(name: str) -> list[Path]:
+    """The folders that :func:`new_run` has named, oldest first."""
+    dated = re.compile(re.escape(name) + r"-\d{8}-\d{6}")
+    return sorted(path for path in Path("runs").glob("*") if dated.fullmatch(path.name))
+
+
+def run_of_this_torchrun(name: str, folder: Path | None, restarted: bool) -> Path | None:
+    """The folder where earlier workers of this torchrun began a run of that name: the one given, or the newest under runs/ that they
+    have marked; None if they began none.
 
     restarted: this torchrun has restarted its workers. An id that the user gave to torchrun (--rdzv-id) holds over launches too.
     """
     wanted = _torchrun_id()
     if wanted is None or not (restarted or _has_own_id()):
         return None
-    files = [folder / TORCHRUN] if folder is not None else Path("runs").glob(f"*/{TORCHRUN}")
-    found = [file for file in files if file.exists() and file.read_text() == wanted]
-    return max(found, key=lambda file: file.stat().st_mtime).parent if found else None
+    folders = [folder] if folder is not None else _runs_named(name)
+    return next((path for path in reversed(folders) if _mark(path) == wanted), None)
+
+
+def _mark(folder: Path) -> str | None:
+    try:
+        return (folder / TORCHRUN).read_text()
+    except OSError:  # there is none, or it is someone else's
+        return None
 
 
 def _torchrun_id() -> str | None:
@@ -75,7 +89,11 @@ def lock_folder(folder: Path, seconds: float) -> IO[str]:
     Workers can outlive a killed torchrun for a while: waits ``seconds`` for whoever has the folder. Raises UserError if it is not
     freed. Where the file system knows no locks, says so and goes on.
     """
-    file, deadline, waiting = (folder / LOCK).open("a+"), time.monotonic() + seconds, False
+    try:
+        file = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {error.strerror}; choose another folder with --folder") from error
+    deadline, waiting = time.monotonic() + seconds, False
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,7 +104,10 @@ def lock_folder(folder: Path, seconds: float) -> IO[str]:
                 return file
         if time.monotonic() > deadline:
             file.seek(0)
-            raise UserError(f"{folder} is in use by another run (host and process {file.read().strip()}); end that one first")
+            raise UserError(
+                f"{folder} is in use by another run (host and process {file.read().strip()}); end that one first, or, "
+                f"if its machine is gone and the file system does not know, remove {folder / LOCK}"
+            )
         if not waiting:
             _warn(f"{folder} is in use by another process; waiting for it to end, {seconds:g} s at most")
         waiting = True
@@ -125,10 +146,10 @@ class RunFolder:
         # First of all: workers that are restarted find the folder by it.
         if run_id := _torchrun_id():
             (path / TORCHRUN).write_text(run_id)
-        if resume_step is None:
-            write_file(path / f"{CONFIG}.partial", [config.model_dump_json(indent=1).encode()])
-            (path / f"{CONFIG}.partial").rename(path / CONFIG)
-            sync_folder(path)
+        # Options that a relaunch was given are part of the run from here on.
+        write_file(path / f"{CONFIG}.partial", [config.model_dump_json(indent=1).encode()])
+        (path / f"{CONFIG}.partial").rename(path / CONFIG)
+        sync_folder(path)
         for name in (METRICS, SKIPPED, SPIKES):
             _drop_after(path / name, resume_step or 0)
         self.metrics = (path / METRICS).open("a")

@@ -69,7 +69,9 @@ class Stage:
         data: RunData,
         weights: Mapping[str, Tensor] | None,
         checkpoint: Checkpoint | None,
+        step: int = 0,
     ):
+        """step: of the run, as far as it is done."""
         self.run_config, self.config, self.name = config, config.stages[name], name
         self.world = world = replace(world, parallel=config.parallel_of(name).sized(world.size))
         torch.manual_seed(config.seed)
@@ -80,8 +82,7 @@ class Stage:
             # The random state of a process means nothing on another layout; order and initial weights do not use it.
             self._load(checkpoint, random_state=checkpoint.state["processes"] == world.size)
         self.rule = SpikeRule(config.spikes, checkpoint.state.get("spikes") if checkpoint else None)
-        names = list(config.stages)
-        self.first_step = sum(config.stages[earlier].steps for earlier in names[: names.index(name)])
+        self.first_step = step - self.done  # of the run, where this stage began
         self.rate = 0.0
         limit, length = config.data.validation_documents, self.config.sequence_length
         self.validation = ValidationSet(data.validation, data.encoder, limit, length, config.model, world)

@@ -7,32 +7,31 @@ import sys
 import time
 
 from smalt.engine.errors import BadRecord, UserError
-from smalt.engine.launch import Launch, agree_on_folder, join, parse_launch, watch
+from smalt.engine.launch import Launch, agree_on_launch, lay_out_run, watch
 from smalt.engine.preemption import Preemption
 from smalt.engine.trainer import Run, dry_run
-from smalt.parallel import Watchdog, World, leave_world
+from smalt.parallel import Watchdog, World, leave_world, meet
 
 
 def train(launch: Launch, world: World, watchdog: Watchdog, preemption: Preemption) -> None:
-    run = Run(launch, world, watchdog)
-    for stage in run.stages():
-        started = time.perf_counter()
-        for batch in stage.batches():
-            result = stage.train_step(batch, preemption.asked)
-            run.after_step(stage, batch, result, seconds=time.perf_counter() - started)
-            if result.stop:
-                run.stop()
-                return
+    with Run(launch, world, watchdog, preemption) as run:
+        for stage in run.stages():
             started = time.perf_counter()
-    run.finish(preemption)
+            for batch in stage.batches():
+                result = stage.train_step(batch, preemption.asked)
+                if run.after_step(stage, batch, result, seconds=time.perf_counter() - started):
+                    return run.stop()
+                started = time.perf_counter()
+        run.finish()
 
 
 def main(arguments: list[str]) -> int:
     try:
-        launch = parse_launch(arguments)
-        with Preemption(launch.config.checkpoint.grace_seconds) as preemption:
-            world = join(launch.config)
-            launch = agree_on_folder(launch, world)
+        with Preemption() as preemption:
+            world = meet()
+            launch = agree_on_launch(arguments, world)
+            preemption.grace_seconds = launch.config.checkpoint.grace_seconds
+            world = lay_out_run(launch.config, world)
             if launch.dry_run:
                 plan = dry_run(launch, world)
                 if world.is_main:

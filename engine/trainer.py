@@ -30,23 +30,37 @@ from .spikes import SPIKES, Verdict, write_spike
 from .stage import RunData, Stage, StepResult
 
 
+class _AskedToStop(Exception):
+    pass
+
+
 class Run:
     """Data, logs, checkpoints and counters; ``stages`` hands the weights on."""
 
-    def __init__(self, launch: Launch, world: World, watchdog: Watchdog):
+    def __init__(self, launch: Launch, world: World, watchdog: Watchdog, preemption: Preemption):
         self.config, self.world, self.checkpoint = launch.config, world, launch.checkpoint
-        self.watchdog = watchdog
+        self.watchdog, self.preemption = watchdog, preemption
         _check_layout(self.config, world)
         self.data = open_data(self.config)
         self.step = self.checkpoint.step if self.checkpoint else 0
         self.counters: Counter[str] = Counter(self.checkpoint.state["counters"] if self.checkpoint else {})
-        self.bad_steps, self.stopping = 0, False
+        self.bad_steps, self.last_save = 0, False
         self.model: ParallelModel | None = None
-        self.progress = RunProgress(self.config.total_steps, self.step, world.is_main)
-        self.folder = RunFolder(launch.folder, self.config, world.is_main, self.step if self.checkpoint else None, launch.lock)
+        resume_step = self.step if self.checkpoint else None
+        self.folder = world.attempt(lambda: RunFolder(launch.folder, self.config, world.is_main, resume_step, launch.lock))
         first, count = self.config.logging.trace_first, self.config.logging.trace_steps
-        self.recorder = TraceRecorder(launch.folder / TRACES, world.rank, first, count, done=self.step)
+        self.recorder = TraceRecorder(launch.folder / TRACES, world.rank, first, count, dict(reversed(world.groups)), self.step)
         self.writer = CheckpointWriter(launch.folder / CHECKPOINTS, self.config.checkpoint.keep, world, self._checkpoint_failed)
+        self.progress = RunProgress(self.config.total_steps, self.step, world.is_main)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Whatever ends the run: the trace is written, the terminal given back, the folder freed."""
+        self.progress.close()
+        self.recorder.close()
+        self.folder.close()
 
     def stages(self) -> Iterator[Stage]:
         """The stages that are left; the first of a resumed run goes on where its checkpoint was written."""
@@ -57,7 +71,8 @@ class Run:
         for name in names[names.index(started) :]:
             weights = dict(self.model.named_parameters()) if self.model is not None else None
             checkpoint = self.checkpoint if name == started else None
-            stage = Stage(self.config, name, self.world, self.data, weights, checkpoint)
+            with self.watchdog.pause(f"building stage {name}"):
+                stage = Stage(self.config, name, self.world, self.data, weights, checkpoint, self.step)
             self.model, weights = stage.model, None  # the last stage's weights are given up
             self.watchdog.beat(self.step, FIRST_STEP)
             try:
@@ -65,11 +80,12 @@ class Run:
             finally:
                 stage.close()
 
-    def after_step(self, stage: Stage, batch: StepBatch, result: StepResult, seconds: float) -> None:
-        """Count, log, save, validate, evaluate: whatever is due after this step."""
+    def after_step(self, stage: Stage, batch: StepBatch, result: StepResult, seconds: float) -> bool:
+        """Count, log, save, validate, evaluate: whatever is due after this step. Returns whether the run is to stop after it."""
         self.step += 1
         self.recorder.step()
-        config, last_of_stage = self.config, stage.done == stage.config.steps
+        config, last_of_stage, stop = self.config, stage.done == stage.config.steps, result.stop
+        last = last_of_stage and stage.name == list(config.stages)[-1]
         self.counters.update(f"records skipped: {s.cause}" for s in batch.skipped)
         self.folder.skip(self.step, batch.skipped)
         self._count_skipped(result)
@@ -82,42 +98,43 @@ class Run:
         if last_of_stage or _due(self.step, config.logging.validate_every):
             with self.watchdog.pause("validation"):
                 values |= stage.validate()
-        if _due(self.step, config.evaluation.every) and self.step < config.total_steps:
-            values |= self._evaluate(config.evaluation.questions_during, final=False)
+        if _due(self.step, config.evaluation.every) and not last and not stop:
+            found = self._evaluate(config.evaluation.questions_during, final=False)
+            stop = found is None
+            values |= found or {}
         self.folder.log(self.step, values, charts=last_of_stage or _due(self.step, config.logging.every))
         self.writer.poll()
         # Before the save: what goes on from it must not judge this step again, nor have the weights that were given up.
         self._answer_spike(stage, batch, result)
-        if _due(self.step, config.checkpoint.every) or self.step == config.total_steps or result.stop:
+        if _due(self.step, config.checkpoint.every) or last or stop:
             self.folder.sync()
             state = {"model": config.model.model_dump(), "counters": dict(self.counters), **stage.state()}
             with self.watchdog.pause("a checkpoint"):
                 self.writer.save(self.step, stage.tensors(), state)
         self._stop_if_diverged()
         self.watchdog.beat(self.step)
+        return stop
 
     def stop(self) -> None:
         """End a run that was asked to, when its checkpoint is whole. Raises UserError when that cannot be written."""
-        self.stopping = True
-        self.recorder.close()
-        with self.watchdog.pause("the last checkpoint"):
-            self.writer.wait()
+        self._finish_last_save()
         self.progress.close()
         self.progress.say(f"stopped after step {self.step}, which is saved; go on with --continue --folder {self.folder.path}")
-        self.folder.close()
 
-    def finish(self, preemption: Preemption) -> None:
-        """The last save, the final evaluation, the plot."""
-        self.recorder.close()
-        with self.watchdog.pause("the last checkpoint"):
-            self.writer.wait()
-        preemption.end_at_once()
+    def finish(self) -> None:
+        """The last save, the final evaluation, the plot. Raises UserError when the save fails."""
+        self._finish_last_save()
+        self.preemption.end_at_once()
         self._evaluate(self.config.evaluation.questions, final=True)
         self.progress.close()
         if self.world.is_main:
             plot_run(read_metrics(self.folder.path), self.folder.path)
             self.progress.say(f"the run is in {self.folder.path}; its picture is {self.folder.path / PLOT}")
-        self.folder.close()
+
+    def _finish_last_save(self) -> None:
+        self.last_save = True
+        with self.watchdog.pause("the last checkpoint"):
+            self.writer.wait()
 
     def _count_skipped(self, result: StepResult) -> None:
         self.bad_steps = self.bad_steps + 1 if result.skipped == "non-finite" else 0
@@ -159,26 +176,39 @@ class Run:
         self.progress.say(f"step {self.step}: {verdict.reason}; the weights go back to those of step {checkpoint.step}")
 
     def _checkpoint_failed(self, message: str) -> None:
-        if self.stopping:
-            raise UserError(f"{message}; stopped, as it was asked to")
+        if self.last_save:
+            raise UserError(f"{message}; it was the last of this run: make room, then --continue --folder {self.folder.path}")
         if self.config.checkpoint.on_error == "stop":
             raise UserError(f"{message}; stopped, as checkpoint.on_error says")
         self.counters["checkpoints failed"] += 1
         self.progress.say(f"warning: {message}; going on, as checkpoint.on_error says")
 
-    def _evaluate(self, questions: int, final: bool) -> dict[str, float]:
-        """Accuracies by name; the final ones are also written and shown."""
+    def _evaluate(self, questions: int, final: bool) -> dict[str, float] | None:
+        """Accuracies by name; the final ones are also written and shown. None where a rank was asked to end the run meanwhile."""
         if not self.data.questions or self.model is None:
             return {}
         config = self.config.evaluation
         advice = f"a smaller evaluation.batch (now {config.batch}) or evaluation.max_tokens (now {config.max_tokens})"
-        with self.watchdog.pause("evaluation"), explain_out_of_memory(self.model.parameters(), None, "evaluation", advice):
-            model = whole_model(self.model, self.config.model)
-            scores = evaluate(model, self.data.encoder, self.data.questions, config, questions, self.world, self.progress.evaluation)
+        try:
+            with self.watchdog.pause("evaluation"), explain_out_of_memory(self.model.parameters(), None, "evaluation", advice):
+                model = whole_model(self.model, self.config.model)
+                scores = evaluate(
+                    model, self.data.encoder, self.data.questions, config, questions, self.world, self._between_conditions
+                )
+        except _AskedToStop:
+            self.progress.say(f"the evaluation after step {self.step} is given up: the run was asked to end")
+            return None
         if final:
             self.folder.write_json(EVALUATION, scores_json(scores))
             self.progress.say(scores_table(scores))
         return headline(scores)
+
+    def _between_conditions(self, done: int, total: int) -> None:
+        """Of an evaluation, which takes longer than whoever asks the run to end will wait."""
+        self.progress.evaluation(done, total)
+        asked = torch.tensor(float(self.preemption.asked), device=self.world.device)
+        if self.world.sum(asked) > 0:
+            raise _AskedToStop
 
 
 def open_data(config: RunConfig) -> RunData:

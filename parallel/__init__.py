@@ -2,8 +2,11 @@
 
 from .batch import PackShard
 from .config import ParallelConfig
-from .mesh import World, alone, join_world, leave_world
+from .mesh import World, alone, join_world, lay_out, leave_world, meet
 from .model import ParallelModel
 from .watchdog import FIRST_STEP, Watchdog
 
-__all__ = ["FIRST_STEP", "PackShard", "ParallelConfig", "ParallelModel", "Watchdog", "World", "alone", "join_world", "leave_world"]
+__all__ = [
+    "FIRST_STEP", "PackShard", "ParallelConfig", "ParallelModel", "Watchdog", "World", "alone", "join_world", "lay_out", "leave_world",
+    "meet",
+]  # fmt: skip

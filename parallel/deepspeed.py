@@ -114,11 +114,11 @@ class DeepSpeedModel(ParallelModel):
     def accumulate(self, packs: list[PackedBatch], loss: Callable[[Tensor, PackShard], Tensor]) -> Tensor:
         """As in :class:`ParallelModel`, but DeepSpeed reduces the gradients of every pack."""
         self._begin(packs)
-        (part,), total = self.parts, self._zero()
+        (part,), total, numbers = self.parts, self._zero(), self._numbers(len(packs))
         reached, hooks = self._watch()
         for i, shard in enumerate(part.shards):
             self.engine.set_gradient_accumulation_boundary(i == len(packs) - 1)
-            value = loss(self.engine(microbatch=torch.tensor([i])), shard)
+            value = loss(self.engine(microbatch=numbers[i]), shard)
             total += value.detach()
             # A loss that is not finite makes gradients that are not: by those DeepSpeed drops a step.
             factor = torch.where(value.detach().isfinite(), self.loss_scale, math.nan)

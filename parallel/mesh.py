@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .compat import record_collectives, set_group_timeout
 from .config import AXES, ParallelConfig
+from .meeting import TIMEOUT, meet_in_store, open_store
 from .watchdog import group_timeout
 
-# Of process groups, where no watchdog speaks earlier.
-TIMEOUT = timedelta(minutes=10)
+T = TypeVar("T")
+
+# Of the group of all, in which objects are exchanged too; those of meshes exchange tensors of the device alone.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+MESH_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class Meshes:
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. parallel: the sizes of the axes; meshes: None for a single process, which needs no process group;
-    store: the key-value store of this life of the processes; timeout: of process groups."""
+    """This process among all. parallel: the sizes of the axes; meshes: None before there is a layout, and for a single process, which
+    needs no process group; store: the key-value store of this life of the processes; timeout: of process groups; restarted: torchrun
+    has started processes of the run before, known to the main one."""
 
     rank: int
     size: int
@@ -50,6 +54,7 @@ class World:
     meshes: Meshes | None
     store: dist.Store | None = None
     timeout: timedelta = TIMEOUT
+    restarted: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -82,18 +87,24 @@ class World:
 
     def agree(self, decide: Callable[[], Any]) -> Any:
         """What the main process decides, on every rank; what it raises is raised by all."""
-        if self.meshes is None:
+        if self.size == 1:
             return decide()
         answer: list[Any] = [None, None]
         if self.is_main:
             try:
                 answer[0] = decide()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 answer[1] = error
         dist.broadcast_object_list(answer, src=0)
         if answer[1] is not None:
             raise answer[1]
         return answer[0]
+
+    def attempt(self, act: Callable[[], T]) -> T:
+        """``act()`` on every rank, the main one first, of which the others hear whether it failed: they would wait for it in vain."""
+        made: list[T] = []
+        self.agree(lambda: made.append(act()))
+        return made[0] if made else act()
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in place, the same bits on each."""
@@ -108,30 +119,59 @@ def alone(device: torch.device, parallel: ParallelConfig | None = None) -> World
 
 
 def join_world(device: str = "auto", parallel: ParallelConfig | None = None) -> World:
-    """Join the processes that torchrun started, or stand alone. device: "auto" (a GPU where there is one), "cpu" or "cuda".
+    """:func:`meet`, and at once :func:`lay_out`."""
+    return lay_out(meet(), device, parallel or ParallelConfig())
+
+
+def meet() -> World:
+    """Join the processes that torchrun started, or stand alone: a world in which processes can agree, before it has a layout.
+
+    Raises RuntimeError, naming the ranks, when they do not come within ten minutes.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    cpu = torch.device("cpu")
+    if size == 1:
+        return World(0, 1, cpu, ParallelConfig(), None, restarted=restarts > 0)
+    store, restarted = meet_in_store(open_store(), rank, size, restarts)
+    record_collectives()
+    kind = "cuda" if torch.cuda.is_available() and dist.is_nccl_available() else "cpu"
+    dist.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    return World(rank, size, cpu, ParallelConfig(), None, store, restarted=restarted)
+
+
+def lay_out(world: World, device: str, parallel: ParallelConfig) -> World:
+    """The world with a device and its meshes; every rank calls it. device: "auto" (a GPU where there is one), "cpu" or "cuda".
 
     DeepSpeed needs a process group even alone. Raises ValueError when the axes do not multiply to the number of processes, or the
     device lacks what the layout needs.
     """
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    parallel = (parallel or ParallelConfig()).sized(size)
-    if parallel.async_tp and kind != "cuda":
+    parallel, target = parallel.sized(world.size), _device(device)
+    if parallel.async_tp and target.type != "cuda":
         raise ValueError("parallel.async_tp works on GPUs, and this run is on the cpu: leave it out")
-    target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(target)
-    if size == 1 and parallel.runtime == "torch":
-        return alone(target, parallel)
-    # Workers that torchrun restarts would read the addresses of the dead ones from the old keys: every life has its own prefix.
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT)) if size > 1 else (dist.HashStore(), 0, 1)
-    life = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    record_collectives()
+    if world.size == 1 and parallel.runtime == "torch":
+        return replace(world, device=target, parallel=parallel)
+    if world.size == 1:
+        dist.init_process_group(BACKENDS[target.type], store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     watched = timedelta(seconds=parallel.watchdog_seconds)
     timeout = group_timeout(watched) if watched else TIMEOUT
-    own = dist.PrefixStore(life, store)
-    dist.init_process_group(BACKENDS[kind], store=own, rank=rank, world_size=size, timeout=timeout)
-    return World(rank, size, target, parallel, build_meshes(parallel, kind, timeout), own, timeout)
+    assert dist.group.WORLD is not None
+    set_group_timeout(dist.group.WORLD, timeout)
+    meshes = build_meshes(parallel, target.type, timeout)
+    return replace(world, device=target, parallel=parallel, meshes=meshes, timeout=timeout)
+
+
+def _device(kind: str) -> torch.device:
+    """This process's, made the current one. Raises ValueError where there is none."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if kind == "auto" else kind
+    if kind == "cpu":
+        return torch.device("cpu")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(f"process {local_rank} of this machine has no GPU: torch sees {count}; start as many, or set device to cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def build_meshes(parallel: ParallelConfig, kind: str, timeout: timedelta = TIMEOUT) -> Meshes:
@@ -140,7 +180,7 @@ def build_meshes(parallel: ParallelConfig, kind: str, timeout: timedelta = TIMEO
 
     # Each view is a mesh of its own over all ranks: slices of a flattened axis are private to torch, and about to go. Backends are
     # named so that an axis over all ranks has a group of its own: in one group weights and keys would wait for each other.
-    backend = "fake" if dist.get_backend() == "fake" else BACKENDS[kind]
+    backend = "fake" if dist.get_backend() == "fake" else MESH_BACKENDS[kind]
 
     def view(**axes: int) -> DeviceMesh:
         backends: dict[int | str, Any] = dict.fromkeys(axes, backend)
@@ -156,6 +196,9 @@ def build_meshes(parallel: ParallelConfig, kind: str, timeout: timedelta = TIMEO
     vision = view(pp=pp, dp=dp, fsdp_cp_tp=fsdp * cp * tp)
     rows = view(pp_dp_fsdp=pp * dp * fsdp, cp=cp, tp=tp)
     tiles = view(pp_dp_fsdp=pp * dp * fsdp, cp_tp=cp * tp)
+    if kind == "cuda" and pp > 1:
+        # NCCL makes the communicator of a group in its first exchange, to which all must come, and a pipeline begins with pairs.
+        dist.all_reduce(torch.zeros(1, device=kind), group=weights["pp"].get_group())
     return Meshes(shards(weights, "fsdp_cp"), shards(vision, "fsdp_cp_tp"), weights["tp"], rows["cp"], tiles["cp_tp"], weights["pp"])
 
 

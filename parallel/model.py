@@ -115,11 +115,11 @@ class ParallelModel:
         if self.world.parallel.pp > 1:
             total = self._pipelined(len(packs), loss, backward=True)
         else:
-            (part,), total = self.parts, self._zero()
+            (part,), total, numbers = self.parts, self._zero(), self._numbers(len(packs))
             for i, shard in enumerate(part.shards):
                 if isinstance(part, FSDPModule):
                     part.set_requires_gradient_sync(i == len(packs) - 1 or self.world.parallel.reduce_every_pack)
-                value = loss(part(microbatch=torch.tensor([i])), shard)
+                value = loss(part(microbatch=numbers[i]), shard)
                 value.backward()
                 total += value.detach()
         if not self.checked:
@@ -146,9 +146,9 @@ class ParallelModel:
                 total += self._pipelined(num_microbatches, loss, backward=False)
         else:
             self._begin(packs)
-            (part,) = self.parts
+            (part,), numbers = self.parts, self._numbers(len(packs))
             for i, shard in enumerate(part.shards):
-                total += loss(part(microbatch=torch.tensor([i])), shard)
+                total += loss(part(microbatch=numbers[i]), shard)
         # FSDP keeps gathered weights for a backward pass: those of the root, and of blocks that do not give them up. The next forward
         # pass would find them as they were, whatever became of the weights.
         for module in (module for part in self.parts for module in part.modules()):
@@ -213,6 +213,10 @@ class ParallelModel:
         shards = self.parts[0].shards
         found = self.pipeline.run(lambda output, number: loss(output, shards[number]), backward)
         return sum((value.double() for value in found), start=self._zero())
+
+    def _numbers(self, count: int) -> tuple[Tensor, ...]:
+        """Of microbatches, where the model is: FSDP would copy them there, and make the host wait."""
+        return torch.arange(count, device=self.world.device).split(1)
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.world.device)

@@ -29,7 +29,7 @@ class Pipeline:
         """rows: of the hidden states between parts, T / (cp tp); dtype: of these states."""
         assert world.meshes is not None
         parallel, group = world.parallel, world.meshes.pp.get_group()
-        self.num_microbatches = num_microbatches
+        self.num_microbatches, self.device = num_microbatches, world.device
         self.losses: Callable[[Tensor, int], Tensor] | None = None
         width = parts[0].config.language.width
         hidden = torch.empty(rows, width, dtype=dtype, device="meta", requires_grad=True)
@@ -59,8 +59,8 @@ class Pipeline:
         Returns these on the rank that has the last part, nothing elsewhere.
         """
         self.losses = losses
-        numbers = torch.arange(self.num_microbatches)
+        numbers = torch.arange(self.num_microbatches)  # read by the loss, on the host
         found: list[Tensor] = []
         run = self.schedule.step if backward else self.schedule.eval
-        run(microbatch=numbers, target=numbers, losses=found)
+        run(microbatch=numbers.to(self.device, non_blocking=True), target=numbers, losses=found)
         return [loss.detach() for loss in found]

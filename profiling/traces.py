@@ -132,6 +132,11 @@ def read_traces(folder: Path) -> list[RankTrace]:
     for before, after in pairwise(traces):
         if before.rank == after.rank:
             raise TraceError(f"{before.path} and {after.path} are both of rank {after.rank}; a folder holds one trace a rank")
+    if len(sizes := {trace.world_size for trace in traces}) > 1:
+        raise TraceError(
+            f"the traces of {folder} are of runs on {' and '.join(map(str, sorted(sizes)))} processes: one was recorded over another; "
+            "remove the older files"
+        )
     return traces
 
 

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from ..errors import BadRecord, UserError
 
-# Decoded row groups that stay in memory: shuffled reads over more groups than this decode them again and again.
-CACHED_ROW_GROUPS = 64
+# Decoded row groups of a source that stay in memory, in number and in bytes: shuffled reads over more decode them again and again.
+CACHED_ROW_GROUPS, CACHED_BYTES = 64, 2**30
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,13 @@ class ParquetRecords:
             parquet, number = self._groups[group]
             columns = [c for c in ("messages", "images") if c in parquet.schema_arrow.names]
             self._cache[group] = parquet.read_row_group(number, columns=columns)
-            if len(self._cache) > CACHED_ROW_GROUPS:
+            while len(self._cache) > CACHED_ROW_GROUPS or (len(self._cache) > 1 and self._bytes() > CACHED_BYTES):
                 self._cache.popitem(last=False)
         self._cache.move_to_end(group)
         return self._cache[group]
+
+    def _bytes(self) -> int:
+        return sum(table.nbytes for table in self._cache.values())
 
 
 def open_sources(paths: Mapping[str, Path]) -> dict[str, ParquetRecords]:

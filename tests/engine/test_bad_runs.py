@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from smalt.engine import checkpoints
 from smalt.engine.config import load_config
 from smalt.engine.data.packing import PackerState
 from smalt.engine.stage import Stage
@@ -172,6 +173,21 @@ def test_a_diverging_run_stops_and_says_what_to_do(tiny_config, run, lines):
     assert [m.get("steps skipped: non-finite", 0) for m in lines("metrics.jsonl")] == [0, 1, 2, 3]
     assert [(s["step"], s["action"], bool(s["samples"])) for s in lines("spikes.jsonl")] == [(n, "skip", True) for n in (2, 3, 4)]
     assert lines("metrics.jsonl")[-1]["loss"] is None
+
+
+def test_a_run_whose_end_cannot_be_saved_fails(tiny_config, run, monkeypatch, tmp_path):
+    whole = checkpoints.save_snapshot
+
+    def full(snapshot, folder, *rest):
+        if folder.name.startswith("step-00000004"):
+            raise OSError(28, "No space left on device")
+        whole(snapshot, folder, *rest)
+
+    monkeypatch.setattr(checkpoints, "save_snapshot", full)
+    code, said = run(tiny_config({**ONE_STAGE, "stages.sft.steps": 4, "checkpoint.every": 2}))
+    assert code == 1
+    assert "No space left on device" in said
+    assert "it was the last of this run: make room, then --continue --folder" in said
 
 
 @pytest.fixture

@@ -9,24 +9,25 @@ from pathlib import Path
 
 import pytest
 
+from smalt.engine.config import load_config
 from smalt.engine.errors import UserError
 from smalt.engine.launch import parse_launch
-from smalt.engine.run_folder import lock_folder
+from smalt.engine.run_folder import lock_folder, read_config
 from smalt.engine.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
+OLDER, NEWER = "tiny-20261128-101500", "tiny-20261128-101501"
 SHORT = {"stages.align": None, "stages.sft.steps": 4, "evaluation": {}, "data.validation": {}, "checkpoint.every": 2}
 
 
 @pytest.fixture
 def torchrun(monkeypatch, tmp_path):
-    """torchrun(run_id, restarts): as if it had started this process, in a folder of its own."""
+    """torchrun(run_id): as if it had started this process, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
-    def started(run_id, restarts, port=1):
-        values = {"TORCHELASTIC_RUN_ID": run_id, "TORCHELASTIC_RESTART_COUNT": restarts, "MASTER_ADDR": "node0", "MASTER_PORT": port}
-        for name, value in values.items():
-            monkeypatch.setenv(name, str(value))
+    def started(run_id, port=1):
+        for name, value in {"TORCHELASTIC_RUN_ID": run_id, "MASTER_ADDR": "node0", "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
 
     return started
 
@@ -93,46 +94,72 @@ def test_resume_and_continue_are_not_given_together(tiny_config, capsys):
 
 def test_restarted_workers_find_the_folder_of_their_own_run(tiny_config, torchrun, tmp_path):
     config = str(tiny_config())
-    ours, theirs = begun(tmp_path / "runs" / "tiny-1", "a"), begun(tmp_path / "runs" / "tiny-2", "b")
-    torchrun("a", restarts=1)
-    launch = parse_launch([config])
+    ours, theirs = begun(tmp_path / "runs" / OLDER, "a"), begun(tmp_path / "runs" / NEWER, "b")
+    torchrun("a")
+    launch = parse_launch([config], restarted=True)
     assert (launch.folder.resolve(), launch.resume, launch.may_begin) == (ours, True, True)
-    torchrun("b", restarts=3)
-    assert parse_launch([config]).folder.resolve() == theirs
+    torchrun("b")
+    assert parse_launch([config], restarted=True).folder.resolve() == theirs
     # The first ones died before they had a folder.
-    torchrun("c", restarts=1)
-    launch = parse_launch([config])
-    assert launch.folder.name not in ("tiny-1", "tiny-2")
+    torchrun("c")
+    launch = parse_launch([config], restarted=True)
+    assert launch.folder.name not in (OLDER, NEWER)
     assert not launch.resume
     # These were not restarted: a new run.
-    torchrun("a", restarts=0)
+    torchrun("a")
     assert not parse_launch([config]).resume
     assert parse_launch([config, "--continue"]).folder.resolve() == ours
 
 
 def test_runs_of_torchruns_without_an_id_of_their_own_are_told_apart_by_the_address(tiny_config, torchrun, tmp_path):
     config = str(tiny_config())
-    ours = begun(tmp_path / "runs" / "tiny-1", "none node0:7")
-    begun(tmp_path / "runs" / "tiny-2", "none node0:8")
-    torchrun("none", restarts=1, port=7)
-    assert parse_launch([config]).folder.resolve() == ours
+    ours = begun(tmp_path / "runs" / OLDER, "none node0:7")
+    begun(tmp_path / "runs" / NEWER, "none node0:8")
+    torchrun("none", port=7)
+    assert parse_launch([config], restarted=True).folder.resolve() == ours
     # The address may be used again for another run.
-    torchrun("none", restarts=0, port=7)
     assert not parse_launch([config, "--continue"]).resume
 
 
 def test_restarted_workers_leave_the_run_of_someone_else_alone(tiny_config, torchrun, tmp_path):
     folder = begun(tmp_path / "run", "another", "step-00000002")
     (folder / "config.json").write_text("{}")
-    torchrun("ours", restarts=1)
+    torchrun("ours")
     with pytest.raises(UserError, match="holds a run already"):
-        parse_launch([str(tiny_config()), "--folder", str(folder)])
+        parse_launch([str(tiny_config()), "--folder", str(folder)], restarted=True)
+
+
+def test_the_newest_run_is_that_of_the_name_and_of_the_latest_date(tiny_config, torchrun, tmp_path):
+    config = str(tiny_config())
+    for name in (NEWER, OLDER, "tiny-long-20270101-000000"):
+        begun(tmp_path / "runs" / name, "a")
+        (tmp_path / "runs" / name / "config.json").write_text(load_config(Path(config)).model_dump_json())
+    torchrun("b")
+    assert parse_launch([config, "--resume"]).folder.name == NEWER
+    torchrun("a")
+    assert parse_launch([config, "--continue"]).folder.name == NEWER
+
+
+def test_a_config_that_has_changed_is_said_and_options_of_a_relaunch_stay(tiny_config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main([str(tiny_config(SHORT)), "--folder", str(folder), "--logging.every", "7"]) == 0
+    changed = str(tiny_config({**SHORT, "stages.sft.steps": 9}))
+    assert main([changed, "--folder", str(folder), "--resume", "--stages.sft.steps", "6"]) == 0
+    said = capsys.readouterr().err
+    assert f"warning: {changed} differs from the config of the run" in said
+    assert "which is used: logging.every: 7 (10 in the file); give an option" in said
+    config = read_config(folder)
+    assert (config.stages["sft"].steps, config.logging.every) == (6, 7)
+    # The end is saved, wherever it is now.
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir())[-1] == "step-00000006"
+    assert main([changed, "--folder", str(folder), "--resume", "--stages.sft.steps", "7"]) == 0
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir())[-1] == "step-00000007"
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from smalt.engine.run_folder import lock_folder
+from smalt.engine.run_folder import lock_folder, read_config
 held = lock_folder(Path(sys.argv[1]), 0)
 print("held", flush=True)
 time.sleep(600)

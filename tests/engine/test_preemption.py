@@ -165,8 +165,24 @@ def test_a_save_that_cannot_finish_in_time_is_given_up(tiny_config, tmp_path, sa
     process.terminate()
     assert process.wait(60) == 1
     assert 1.5 < time.monotonic() - started
-    assert "warning: no checkpoint could be saved in 3 s (checkpoint.grace_seconds); the one before it stays good" in said()
+    assert "warning: not at an end in 3 s (checkpoint.grace_seconds); the last checkpoint that was finished is good" in said()
     assert checkpoints(run) == ["step-00000003"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_an_evaluation_during_training_is_given_up(nproc, tiny_config, tmp_path, start, said):
+    run = tmp_path / "run"
+    changes = {**LONG, "evaluation.every": 5, "evaluation.max_tokens": 100, "evaluation.budgets": list(range(60))}
+    process = start([tiny_config(changes), "--folder", run], nproc=nproc)
+    wait(process, lambda: steps(run) == 4)
+    time.sleep(2)
+    process.terminate()
+    process.wait(60)
+    assert process.returncode == (0 if nproc == 1 else 1), said()  # torchrun has a code of its own
+    assert "the evaluation after step 5 is given up: the run was asked to end" in said()
+    assert "stopped after step 5, which is saved" in said()
+    assert checkpoints(run) == ["step-00000005"]
 
 
 @pytest.mark.slow

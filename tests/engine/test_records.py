@@ -92,19 +92,21 @@ def test_the_files_of_a_folder_follow_the_order_of_their_names(write, tmp_path):
     assert _contents(ParquetRecords("s", tmp_path / "folder")) == [str(i) for i in range(9)]
 
 
-@pytest.mark.parametrize("cached", [1, 3, 64])
+@pytest.mark.parametrize(("cached", "cached_bytes"), [(1, 2**30), (3, 2**30), (64, 2**30), (64, 300)])
 @given(rows=st.integers(1, 40), size=st.integers(1, 7), seed=st.randoms(use_true_random=False))
-def test_random_access_equals_the_table_whatever_the_cache_holds(tmp_path_factory, cached, rows, size, seed):
+def test_random_access_equals_the_table_whatever_the_cache_holds(tmp_path_factory, cached, cached_bytes, rows, size, seed):
     path = tmp_path_factory.mktemp("groups") / "records.parquet"
     pq.write_table(pa.table(_numbered(rows)), path, row_group_size=size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records_module, "CACHED_ROW_GROUPS", cached)
+        patch.setattr(records_module, "CACHED_BYTES", cached_bytes)
         records = ParquetRecords("s", path)
         assert len(records) == rows
         for i in seed.choices(range(rows), k=60):
             assert records[i].messages == (("user", str(i)),)
             assert records[i].number == i
         assert len(records._cache) <= cached
+        assert len(records._cache) == 1 or records._bytes() <= cached_bytes
     with pytest.raises(IndexError):
         records[rows]
 

@@ -1,12 +1,14 @@
 """A stage can set otherwise what the layout says of memory, and the next stage does not have it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from smalt.engine.config import load_config
 from smalt.engine.stage import Stage
 from smalt.engine.trainer import open_data
-from smalt.parallel import ParallelConfig, alone, join_world
+from smalt.parallel import ParallelConfig, alone, join_world, lay_out
 
 
 @pytest.mark.parametrize(("name", "times"), [("align", 2), ("sft", 1)])
@@ -33,7 +35,11 @@ def test_one_process_has_the_settings_that_need_no_second():
         join_world("cpu", ParallelConfig(cp=2))
 
 
-def test_async_tp_needs_gpus(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_layout_that_the_device_cannot_have_is_refused(monkeypatch):
+    two = replace(alone(torch.device("cpu")), size=2)
     with pytest.raises(ValueError, match="async_tp works on GPUs"):
-        join_world("cpu", ParallelConfig(tp=2, compile=True, async_tp=True))
+        lay_out(two, "cpu", ParallelConfig(tp=2, compile=True, async_tp=True))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="process 1 of this machine has no GPU: torch sees 1"):
+        lay_out(two, "cuda", ParallelConfig())

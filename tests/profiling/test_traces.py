@@ -320,6 +320,11 @@ def test_bad_folders_are_named(tmp_path):
         write(tmp_path / name, document(0))
     with pytest.raises(TraceError, match=r"rank-00000.json.gz and .*rank-00001.json.gz are both of rank 0"):
         read_traces(tmp_path)
+    larger = document(1)
+    larger["smalt"]["world_size"] = 4
+    write(tmp_path / "rank-00001.json.gz", larger)
+    with pytest.raises(TraceError, match="of runs on 2 and 4 processes"):
+        read_traces(tmp_path)
 
 
 @pytest.mark.slow

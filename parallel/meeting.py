@@ -1,0 +1,60 @@
+"""How the processes of a run find each other in a key-value store, where the keys of processes that have died may still be."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from datetime import timedelta
+
+import torch.distributed as dist
+
+# For all to come; also of process groups, where no watchdog speaks earlier.
+TIMEOUT = timedelta(minutes=10)
+
+
+def open_store() -> dist.Store:
+    """The store of torchrun, or, where something else has set its variables, one that rank 0 holds."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # Not through torch's rendezvous, some versions of which put the keys under this process's count of restarts.
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)
+    return next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+
+
+def meet_in_store(store: dist.Store, rank: int, size: int, restarts: int, timeout: timedelta = TIMEOUT) -> tuple[dist.Store, bool]:
+    """The part of the store that belongs to this life of the processes, and, for rank 0, whether any process had one before.
+
+    Processes that are started again find the keys of dead ones, addresses among them. The number of restarts does not tell lives
+    apart: each torchrun of several counts those that its own workers caused. So every process says hello under a name of its own,
+    rank 0 answers under that name with one for all, and goes on when all have come. No process of an earlier life is left then:
+    every torchrun ends its workers before it meets the others. Raises RuntimeError, naming the ranks that did not come.
+    """
+    if rank:
+        me = uuid.uuid4().hex
+        store.set(f"hello/{rank}", me)
+        life = _wait_for_answer(store, f"answer/{me}", timeout)
+        store.set(f"{life}/here/{rank}", str(restarts))
+        return dist.PrefixStore(life, store), restarts > 0
+    life, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    missing, answered = set(range(1, size)), set[str]()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{life}/here/{other}"]):
+                missing.discard(other)
+            elif store.check([f"hello/{other}"]) and (name := store.get(f"hello/{other}").decode()) not in answered:
+                answered.add(name)
+                store.set(f"answer/{name}", life)
+        if missing and time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {', '.join(map(str, sorted(missing)))} did not come within {timeout.total_seconds():g} s")
+        time.sleep(0.02)
+    before = [int(store.get(f"{life}/here/{other}")) for other in range(1, size)]
+    return dist.PrefixStore(life, store), max([restarts, *before]) > 0
+
+
+def _wait_for_answer(store: dist.Store, key: str, timeout: timedelta) -> str:
+    try:
+        store.wait([key], timeout)
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(f"rank 0 did not come within {timeout.total_seconds():g} s, or its store is gone: {error}") from error
+    return store.get(key).decode()

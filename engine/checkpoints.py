@@ -3,15 +3,18 @@
 A checkpoint is a folder ``step-00000100`` with the tensors (weights, optimiser state, random state) in one safetensors file a
 process, ``state.json`` (everything else) and ``checksums.json`` (size and checksum of each of those files). It is written as
 ``step-00000100.partial`` and renamed when every byte of every process is on disk, so a folder with the final name was whole once.
-Whether it still is, is seen when it is read: a damaged one is renamed ``step-00000100.damaged``, never removed, and the one before
-it is used. Nothing in a checkpoint is a pickle.
+Whether it still is, is seen when it is read: the one before a damaged one is used, and the run, but no mere reader, renames the
+damaged one ``step-00000100.damaged``; it is never removed. A file that the disk does not give is no damage: it may be whole, so that
+is an error, and changes nothing. Nothing in a checkpoint is a pickle.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,33 +59,52 @@ class CheckpointWriter:
     """Saves one checkpoint at a time into ``folder`` and keeps the newest ``keep``.
 
     The thread that trains only copies the tensors; a thread of this class writes, syncs, commits and removes old ones. ``on_error``
-    is called in the thread that trains, by the next ``poll``, ``save`` or ``wait``, with what went wrong when a save failed; the
-    checkpoints before it are untouched. All processes of a run make the same calls.
+    is called in the thread that trains, by ``poll``, ``save`` or ``wait``, with what went wrong when a save failed; the checkpoints
+    before it are untouched. All processes of a run make the same calls, and the same call of each of them reports.
     """
+
+    # Why the same call: what on_error does, such as to raise, must be done by all processes in one step, or those that go on wait
+    # for the others in the next collective. DCP gives every process the same outcome of a save, but each hears of it at a moment of
+    # its own. So when a save has ended, the thread of the save asks for the number of polls that this process has begun since it
+    # was begun, and the largest of all processes, plus one, is the poll that reports; this costs one collective a save, in that
+    # thread. From the question to the answer a poll waits: otherwise it could be past that number when the answer comes. The answer
+    # needs only the threads of the saves, which wait for no training, so that this cannot lock up, and is as quick as the network.
 
     def __init__(self, folder: Path, keep: int, world: World, on_error: Callable[[str], None]):
         self.folder, self.keep, self.world, self.on_error = folder, keep, world, on_error
         self.pending: tuple[Future[None], int] | None = None
         self.snapshot = Snapshot()
+        # Polls that have begun since the save did; whether the save is over and their number was asked for; the one that reports.
+        self._polls, self._asked, self._report_at = 0, threading.Event(), 0
+        self._refused: set[Path] = set()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # Collectives of a save run in its thread: on the group of training they would mix with those of the step.
         self.group = dist.new_group(backend="gloo", timeout=world.timeout) if world.meshes is not None else None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(f"*{PARTIAL}"):
-                shutil.rmtree(leftover)
+                self._remove_folder(leftover)
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Begin to save the tensors as they are now; waits for the save before it. ``state`` must be JSON."""
         self.wait()
         self.snapshot.take(tensors)
         text = json.dumps({"format": FORMAT, "step": step, **state}, indent=1)
+        self._polls, self._report_at = 0, 0
+        self._asked.clear()
         self.pending = self.thread.submit(self._write, step, text), step
 
     def poll(self) -> None:
-        """Report the save in progress if it is done; call between steps."""
-        if self.pending and self.pending[0].done():
-            self.wait()
+        """Report the save in progress if it is over, in the same call on all processes; call between steps."""
+        if self.pending is None:
+            return
+        self._polls += 1
+        future, _ = self.pending
+        # Counted before it looks, as _agree asks before it reads the count: one of the two sees the other.
+        if self._asked.is_set() or future.done():
+            future.exception()
+            if self._polls >= self._report_at:
+                self.wait()
 
     def wait(self) -> None:
         """Return when no save is in progress; report what went wrong in the one that was."""
@@ -91,20 +113,39 @@ class CheckpointWriter:
         (future, step), self.pending = self.pending, None
         error = future.exception()
         if error is not None:
-            last = _committed(self.folder)
-            good = f"the last good one is {last[-1]}" if last else "there is no earlier one"
-            self.on_error(f"checkpoint of step {step} could not be written to {self.folder}: {_root_cause(error)}; {good}")
+            cause = _root_cause(error)
+            self.on_error(f"checkpoint of step {step} could not be written to {self.folder}: {cause}; {self._last_good()}")
 
-    # The rest runs in the thread of the save.
+    def _last_good(self) -> str:
+        try:
+            last = _committed(self.folder)
+        except UserError:
+            return "those before it are as they were"
+        return f"the last good one is {last[-1]}" if last else "there is no earlier one"
+
+    # The rest runs in the thread of the save, _remove_folder in that of training too.
 
     def _write(self, step: int, state: str) -> None:
         partial = self.folder / f"step-{step:08d}{PARTIAL}"
         try:
             save_snapshot(self.snapshot, partial, self.world.rank, self.group, lambda shards: self._commit(partial, state, shards))
-        except BaseException:
+        except BaseException as error:
             if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
+            # DCP's own is raised on all processes. Of any other, such as a lost connection, the others may not know: they would not
+            # come to agree.
+            if isinstance(error, CheckpointException):
+                self._agree()
             raise
+        self._agree()
+
+    def _agree(self) -> None:
+        """Choose, with all processes, the poll that reports."""
+        self._asked.set()
+        number = torch.tensor(self._polls + 1)
+        if self.group is not None:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+        self._report_at = int(number)
 
     def _commit(self, partial: Path, state: str, shards: list[FileRecord]) -> None:
         """On the main process, when the shards of all are on disk."""
@@ -112,23 +153,56 @@ class CheckpointWriter:
         write_file(partial / CHECKSUMS, [json.dumps([asdict(record) for record in records], indent=1).encode()])
         sync_folder(partial)
         final = partial.with_name(partial.name.removesuffix(PARTIAL))
-        if final.exists():
-            _remove(final)
+        if final.is_dir():
+            self._remove(final)
         partial.rename(final)
         sync_folder(self.folder)
-        for old in _committed(self.folder)[: -self.keep]:
-            _remove(old)
+        try:
+            old = _committed(self.folder)[: -self.keep]
+        except UserError as error:
+            _say(f"old checkpoints are not removed: {error}")
+            return
+        for path in old:
+            self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a final name.
+        doomed = path.with_name(f"{path.name}.old{PARTIAL}")
+        try:
+            path.rename(doomed)
+        except OSError as error:
+            self._say_refused(path, error)
+        else:
+            self._remove_folder(doomed)
+
+    def _remove_folder(self, path: Path) -> None:
+        """Remove as much of a folder as the file system allows. What it refuses costs room, which is no reason to end a run."""
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            self._say_refused(path, error)
+
+    def _say_refused(self, path: Path, error: OSError) -> None:
+        """Once: every save comes to the same old checkpoints again."""
+        if path not in self._refused:
+            self._refused.add(path)
+            where = f" ({error.filename})" if error.filename else ""
+            _say(f"{path} cannot be removed: {error.strerror or error}{where}; the run goes on; remove it by hand, if it stays")
 
 
 def holds_checkpoints(folder: Path) -> bool:
-    """Whether a run has saved there: a checkpoint, be it damaged, but not one whose writing was cut short."""
-    return any(not path.name.endswith(PARTIAL) for path in folder.glob("step-*"))
+    """Whether a run has saved there: a checkpoint, be it damaged, but not one whose writing was cut short. Raises UserError when the
+    folder cannot be read."""
+    return any(not path.name.endswith(PARTIAL) for path in _step_folders(folder))
 
 
-def latest_checkpoint(folder: Path) -> Checkpoint:
+def latest_checkpoint(folder: Path, *, set_aside: bool = True) -> Checkpoint:
     """The newest whole checkpoint of a folder, every file of it verified; for one process of a run.
 
-    Newer ones that are damaged are set aside, and stderr says what is wrong with them. Raises UserError when no whole one is left.
+    Newer ones that are damaged are passed over, and stderr says what is wrong with them. set_aside: rename them too, which is for the
+    run that has the folder's lock: under a reader's hands another may be at work on them. Raises UserError when no whole one is left,
+    and when a file cannot be read.
     """
     passed: list[Path] = []
     while left := [path for path in _committed(folder) if path not in passed]:
@@ -138,15 +212,16 @@ def latest_checkpoint(folder: Path) -> Checkpoint:
             if passed:
                 _say(f"step {checkpoint.step} is used instead: {path}")
             return checkpoint
-        if path.exists():  # a run that is under way may have removed it meanwhile
+        if path in _committed(folder):  # a run that is under way may have removed it meanwhile
             passed.append(path)
-            _say(f"checkpoint {path} is damaged: {damage}; {_set_aside(path)}")
-    damaged = sorted(path.name for path in folder.glob(f"step-*{DAMAGED}*"))
+            done = _set_aside(path) if set_aside else "it is passed over, and left as it is"
+            _say(f"checkpoint {path} is damaged: {damage}; {done}")
+    damaged = sorted(path.name for path in _step_folders(folder) if DAMAGED in path.name or path in passed)
     raise UserError(f"{folder} holds no {'whole ' if damaged else ''}checkpoint" + (f", only {', '.join(damaged)}" if damaged else ""))
 
 
 def checkpoint_of_step(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of one step, verified. Raises UserError when there is none, or when it is damaged."""
+    """The checkpoint of one step, verified. Raises UserError when there is none, when it is damaged, and when it cannot be read."""
     found = {_step(path): path for path in _committed(folder)}
     if step not in found:
         raise UserError(f"{folder} holds no checkpoint of step {step}; the steps are {', '.join(map(str, found)) or 'none'}")
@@ -157,7 +232,8 @@ def checkpoint_of_step(folder: Path, step: int) -> Checkpoint:
 
 
 def checkpoint_before(folder: Path, step: int) -> Checkpoint | None:
-    """The newest whole checkpoint of that step or earlier, None where there is none; stderr names damaged ones that it passes over."""
+    """The newest whole checkpoint of that step or earlier, None where there is none; stderr names damaged ones that it passes over.
+    Raises UserError when a file cannot be read."""
     for path in reversed([path for path in _committed(folder) if _step(path) <= step]):
         checkpoint, damage = _examine(path)
         if checkpoint is not None:
@@ -190,15 +266,19 @@ def training_tensors(model: ParallelModel | MultimodalModel, optimizer: torch.op
 
 
 def _examine(path: Path) -> tuple[Checkpoint | None, str]:
-    """A checkpoint if it is whole, else what is wrong with it."""
-    if damage := _damage(path):
-        return None, damage
+    """A checkpoint if it is whole, else what is wrong with it. Raises UserError when a file of it cannot be read: the next time it may
+    be, and be whole, so that this is no damage. A file that is gone is."""
     try:
-        state = json.loads((path / STATE).read_text())
+        if damage := _damage(path):
+            return None, damage
+        state = json.loads(_text(path / STATE))
         checkpoint = Checkpoint(path, state["step"], state)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        has_checksums = (path / CHECKSUMS).exists()
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         return None, f"{STATE} cannot be read ({type(error).__name__}: {error})"
-    if (path / CHECKSUMS).exists():
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if has_checksums:
         return checkpoint, ""
     if "format" in state:
         return None, f"{CHECKSUMS} is missing"
@@ -212,8 +292,8 @@ def _damage(path: Path) -> str | None:
         names = {file.name for file in path.iterdir()}
         if CHECKSUMS not in names:
             return _damaged_form(path, names)
-        records = [FileRecord(**record) for record in json.loads((path / CHECKSUMS).read_text())]
-    except (OSError, ValueError, TypeError) as error:
+        records = [FileRecord(**record) for record in json.loads(_text(path / CHECKSUMS))]
+    except (FileNotFoundError, ValueError, TypeError) as error:
         return f"{CHECKSUMS} cannot be read ({type(error).__name__}: {error})"
     # DCP would read any safetensors file that it finds.
     if strange := sorted(name for name in names - {r.name for r in records} if name.endswith(SUFFIX)):
@@ -230,7 +310,7 @@ def _damaged_file(path: Path, record: FileRecord) -> str | None:
     except FileNotFoundError:
         return f"{record.name} is missing"
     except OSError as error:
-        return f"{record.name} cannot be read ({error})"
+        raise _unreadable(path, error) from error
 
 
 def _damaged_form(path: Path, names: set[str]) -> str | None:
@@ -238,18 +318,36 @@ def _damaged_form(path: Path, names: set[str]) -> str | None:
     shards = sorted(name for name in names if name.endswith(SUFFIX))
     for name in shards:
         try:
-            with safe_open(path / name, framework="pt"):
+            # Opened twice, for safetensors calls whatever it cannot open a file that is not there.
+            with (path / name).open("rb"), safe_open(path / name, framework="pt"):
                 pass
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, FileNotFoundError) as error:
             return f"{name} cannot be read ({error})"
     return None if shards else f"it holds no {SUFFIX} file"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    """What is said of a file or folder that the disk does not give."""
+    return UserError(
+        f"{error.filename or path} cannot be read: {error.strerror or error}; check the disk, then start again. It is left as it was, "
+        "for it may be whole; where it is lost for good, move its checkpoint away, and the one before it is used"
+    )
 
 
 def _set_aside(path: Path) -> str:
     """Rename a damaged checkpoint so that nothing takes it for one; returns what was done, for people."""
     names = [path.name + DAMAGED, *(f"{path.name}{DAMAGED}-{number}" for number in range(2, 1000))]
-    target = next(target for target in map(path.with_name, names) if not target.exists())
     try:
+        target = next(target for target in map(path.with_name, names) if not target.exists())
         path.rename(target)
     except OSError as error:
         return f"it is passed over where it is, for it cannot be renamed ({error})"
@@ -262,18 +360,23 @@ def _say(text: str) -> None:
 
 def _committed(folder: Path) -> list[Path]:
     """The checkpoints of a folder by step, neither partial nor set aside."""
-    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()), key=_step)
+    return sorted((path for path in _step_folders(folder) if path.name[5:].isdigit()), key=_step)
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """Checkpoints, whatever has become of them. None where ``folder`` is not there; raises UserError where it cannot be read, which
+    ``Path.glob`` would take for an empty one."""
+    try:
+        with os.scandir(folder) as entries:
+            return [folder / entry.name for entry in entries if entry.name.startswith("step-") and entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _unreadable(folder, error) from error
 
 
 def _step(path: Path) -> int:
     return int(path.name[5:])
-
-
-def _remove(path: Path) -> None:
-    # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a final name.
-    doomed = path.with_name(f"{path.name}.old{PARTIAL}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def _flat(config: dict[str, Any], prefix: str = "model") -> dict[str, Any]:

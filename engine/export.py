@@ -54,7 +54,7 @@ def export_run(run: Path, out: Path, step: int | None = None, dtype: str | None 
     if not shard_size > 0:
         raise UserError(f"a file cannot hold {shard_size} GB; choose a --shard-size above 0")
     tokenizer = _read_tokenizer(run)
-    checkpoint = latest_checkpoint(run / CHECKPOINTS) if step is None else checkpoint_of_step(run / CHECKPOINTS, step)
+    checkpoint = latest_checkpoint(run / CHECKPOINTS, set_aside=False) if step is None else checkpoint_of_step(run / CHECKPOINTS, step)
     config = ModelConfig.model_validate(checkpoint.state["model"])
     partial = out.with_name(out.name + _PARTIAL)
     with ExitStack() as opened:

@@ -40,7 +40,7 @@ class LoadedRun:
 def load_run(folder: Path) -> LoadedRun:
     """Raises UserError when the folder holds no run or no checkpoint."""
     config = read_config(folder)
-    checkpoint = latest_checkpoint(folder / CHECKPOINTS)
+    checkpoint = latest_checkpoint(folder / CHECKPOINTS, set_aside=False)
     check_architecture(checkpoint, config.model)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     model = build_model(config.model, config.seed, device, PARAMETER_DTYPES[config.dtype])

@@ -77,7 +77,6 @@ def save_snapshot(snapshot: Snapshot, folder: Path, rank: int, group: dist.Proce
     """Write the snapshots of all processes into ``folder``, made anew: one safetensors file a process, synced; then call ``commit``
     on the main process with what was written. All processes of the group call this; an error of one, that of ``commit`` too, is
     raised on all."""
-    snapshot.wait()
     storage = _ShardStorage(snapshot, folder, rank, commit)
     planner = _SnapshotPlanner(snapshot)
     # The planner knows what to save. A dict given here would only be walked through and logged, tensor by tensor.
@@ -123,6 +122,8 @@ class _ShardStorage(dcp.StorageWriter):
         return future
 
     def _write(self, items: list[WriteItem]) -> list[WriteResult]:
+        # Here, and not before DCP begins: an error of the device on one process is then raised on all.
+        self.snapshot.wait()
         chunks = {item.index.fqn: item.tensor_data for item in items if item.tensor_data is not None}
         if len(chunks) < len(items):
             raise ValueError(f"{self.path}: what is no tensor, or comes in several pieces on one process, has no place in this format")

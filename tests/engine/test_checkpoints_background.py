@@ -1,7 +1,9 @@
 """A save holds training up only while it copies; what goes wrong in it is said in the thread that trains."""
 
+import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +144,68 @@ def test_one_of_the_same_step_is_replaced(writer):
     assert all(torch.equal(t, 2 * torch.ones_like(t)) for t in loaded(writer.folder).values())
 
 
+@pytest.fixture
+def refuse(monkeypatch):
+    """refuse(method of pathlib.Path or shutil, name, error): it fails for paths of that name."""
+
+    def make(of, method, name, number):
+        real = getattr(of, method)
+
+        def refusing(path, *rest, **named):
+            if Path(path).name == name and not named.get("ignore_errors"):
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *rest, **named)
+
+        monkeypatch.setattr(of, method, refusing)
+
+    return make
+
+
+def test_an_old_one_that_cannot_be_renamed_is_said_once_and_stays(writer, errors, refuse, capfd):
+    refuse(Path, "rename", "step-00000001", errno.EACCES)
+    for step in range(1, 6):
+        writer.save(step, tensors(), {})
+    writer.wait()
+    assert not errors
+    assert sorted(p.name for p in writer.folder.iterdir()) == [f"step-0000000{n}" for n in (1, 4, 5)]
+    said = capfd.readouterr().err
+    assert said.count("cannot be removed") == 1
+    assert f"warning: {writer.folder / 'step-00000001'} cannot be removed: Permission denied" in said
+
+
+def test_an_old_one_that_cannot_be_emptied_is_no_failed_save(writer, errors, refuse, capfd):
+    refuse(shutil, "rmtree", "step-00000001.old.partial", errno.EBUSY)
+    for step in range(1, 6):
+        writer.save(step, tensors(), {})
+    writer.wait()
+    assert not errors
+    # What the file system allows is removed all the same.
+    assert sorted(p.name for p in writer.folder.iterdir()) == ["step-00000004", "step-00000005"]
+    assert capfd.readouterr().err.count("step-00000001.old.partial cannot be removed: Device or resource busy") == 1
+
+
+def test_what_a_kill_left_may_stay(tmp_path, refuse, capfd):
+    (tmp_path / "step-00000003.partial").mkdir()
+    refuse(shutil, "rmtree", "step-00000003.partial", errno.EBUSY)
+    CheckpointWriter(tmp_path, 2, ALONE, pytest.fail)
+    assert "step-00000003.partial cannot be removed: Device or resource busy" in capfd.readouterr().err
+
+
+def test_a_folder_that_cannot_be_listed_is_no_failed_save(writer, errors, monkeypatch, capfd):
+    def refuse(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    writer.save(1, tensors(), {})
+    writer.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr("smalt.engine.checkpoints.os.scandir", refuse)
+        writer.save(2, tensors(), {})
+        writer.wait()
+    assert not errors
+    assert "old checkpoints are not removed" in capfd.readouterr().err
+    assert latest_checkpoint(writer.folder).step == 2
+
+
 SAVES = """
 import sys, torch
 from pathlib import Path
@@ -243,3 +307,61 @@ def test_processes_save_together_fail_together_and_do_not_hold_up_training(tmp_p
     assert torch.equal(found["rows"], 3 * torch.arange(28.0).reshape(4, 7))
     assert torch.equal(found["same"], torch.full((5,), 3.0))
     assert found["random_state.2"].item() == 2
+
+
+TOGETHER = """
+import random, shutil, sys, time, torch
+import torch.distributed as dist
+from pathlib import Path
+from smalt.engine import checkpoints
+from smalt.parallel import join_world, leave_world
+world, folder, heard = join_world("cpu"), Path(sys.argv[1]), []
+moments, real = random.Random(world.rank), checkpoints.save_snapshot
+def slow(*arguments):
+    # The processes hear of the end of a save at different moments.
+    try:
+        real(*arguments)
+    finally:
+        time.sleep(moments.choice((0, 0.02, 0.2)))
+checkpoints.save_snapshot = slow
+writer = checkpoints.CheckpointWriter(folder, 1, world, lambda message: heard.append(step))
+if world.is_main:
+    # Removal fails on this process alone.
+    def refused(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(16, "Device or resource busy", str(path))
+    shutil.rmtree = refused
+step = 0
+for number in range(12):
+    if world.is_main and number % 3 < 2:
+        (folder / f"step-{number:08d}.partial").write_text("")
+    dist.barrier()
+    writer.save(number, {"model.a": torch.ones(1000)}, {})
+    for _ in range(15):
+        step += 1
+        dist.all_reduce(torch.ones(1))
+        time.sleep(moments.choice((0, 0.01, 0.05)))
+        writer.poll()
+        known = [None] * world.size
+        # What the processes have heard till this step, before any of them takes the next.
+        dist.all_gather_object(known, list(heard))
+        assert all(k == heard for k in known), (world.rank, step, known)
+    assert writer.pending is None, "a save was not reported while steps went on"
+writer.wait()
+assert len(heard) == 8, heard
+print("done", world.rank, heard, flush=True)
+leave_world(world)
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_report_a_failed_save_in_the_same_step(tmp_path):
+    # With checkpoint.on_error = "stop" a process that reports raises: one that did not would wait for it in the next collective.
+    script = tmp_path / "script.py"
+    script.write_text(TOGETHER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    command = [*torchrun, script, tmp_path / "checkpoints"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("done") == 3
+    assert done.stderr.count("step-00000002.old.partial cannot be removed: Device or resource busy") == 1

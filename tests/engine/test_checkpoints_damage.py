@@ -1,16 +1,26 @@
 """A checkpoint is trusted only when every byte is the one that was written."""
 
+import errno
 import json
 import os
 import random
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from smalt.engine.checkpoints import CheckpointWriter, checkpoint_before, checkpoint_of_step, latest_checkpoint, load_tensors
+from smalt.engine import checkpoints
+from smalt.engine.checkpoints import (
+    CheckpointWriter,
+    checkpoint_before,
+    checkpoint_of_step,
+    holds_checkpoints,
+    latest_checkpoint,
+    load_tensors,
+)
 from smalt.engine.errors import UserError
 from smalt.parallel import alone
 
@@ -192,6 +202,88 @@ def test_a_step_is_taken_or_refused_by_name(three):
     assert "step-00000001" in names(three)
 
 
+def test_a_reader_renames_nothing(three, capfd):
+    for step in (3, 2):
+        truncate(three / f"step-0000000{step}" / SHARD)
+    for _ in range(2):
+        assert_loads(latest_checkpoint(three, set_aside=False), 1)
+        said = capfd.readouterr().err
+        assert said.count("is damaged: shard-00000.safetensors has") == 2
+        assert said.count("it is passed over, and left as it is") == 2
+        assert f"step 1 is used instead: {three / 'step-00000001'}" in said
+    truncate(three / "step-00000001" / SHARD)
+    with pytest.raises(UserError, match="holds no whole checkpoint, only step-00000001, step-00000002, step-00000003"):
+        latest_checkpoint(three, set_aside=False)
+    assert names(three) == ["step-00000001", "step-00000002", "step-00000003"]
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """disk.fail(path, error): opening the file, or listing the folder, fails; disk.fail_reading: the file opens, and then fails."""
+
+    class Disk:
+        def __init__(self):
+            self.failing, self.unread = {}, {}
+
+        def fail(self, path, number):
+            self.failing[path] = number
+
+        def fail_reading(self, path, number):
+            self.unread[path] = number
+
+    disk, opens, lists, sums = Disk(), Path.open, os.scandir, checkpoints.checksum
+
+    def refuse(path, failing, named=True):
+        if number := failing.get(Path(path)):
+            raise OSError(number, os.strerror(number), *([str(path)] if named else []))
+
+    monkeypatch.setattr(Path, "open", lambda path, *rest, **named: (refuse(path, disk.failing), opens(path, *rest, **named))[1])
+    monkeypatch.setattr(os, "scandir", lambda path=".": (refuse(path, disk.failing), lists(path))[1])
+    # A read that fails names no file.
+    monkeypatch.setattr(checkpoints, "checksum", lambda path: (refuse(path, disk.unread, named=False), sums(path))[1])
+    return disk
+
+
+READERS = {
+    "latest": latest_checkpoint,
+    "latest, reading": lambda folder: latest_checkpoint(folder, set_aside=False),
+    "of a step": lambda folder: checkpoint_of_step(folder, 3),
+    "before": lambda folder: checkpoint_before(folder, 3),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+@pytest.mark.parametrize("name", [SHARD, "state.json", "checksums.json"])
+def test_what_cannot_be_read_is_not_damaged(three, disk, name, number, reader, capfd):
+    disk.fail(three / "step-00000003" / name, number)
+    with pytest.raises(UserError) as refused:
+        READERS[reader](three)
+    assert f"{three / 'step-00000003' / name} cannot be read: {os.strerror(number)}; check the disk, then start again" in str(
+        refused.value
+    )
+    assert names(three) == ["step-00000001", "step-00000002", "step-00000003"]
+    assert "damaged" not in capfd.readouterr().err
+    disk.failing.clear()
+    assert_loads(READERS[reader](three), 3)
+
+
+def test_a_read_that_fails_midway_is_not_damage(three, disk):
+    disk.fail_reading(three / "step-00000003" / SHARD, errno.EIO)
+    with pytest.raises(UserError, match=rf"step-00000003/{SHARD} cannot be read: Input/output error"):
+        latest_checkpoint(three)
+    assert names(three) == ["step-00000001", "step-00000002", "step-00000003"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(three, disk):
+    # Else --continue would begin the run anew.
+    disk.fail(three, errno.EACCES)
+    for look in (holds_checkpoints, latest_checkpoint):
+        with pytest.raises(UserError, match="checkpoints cannot be read: Permission denied"):
+            look(three)
+    assert not holds_checkpoints(three / "nowhere")
+
+
 @pytest.fixture
 def old(tmp_path):
     """Two checkpoints as version 0.2.1 wrote them."""
@@ -213,6 +305,14 @@ def test_those_of_an_older_version_are_refused_when_cut_off(old, name, capfd):
     assert_loads(latest_checkpoint(old), 1)
     assert f"{name} cannot be read" in capfd.readouterr().err
     assert "step-00000002.damaged" in names(old)
+
+
+def test_those_of_an_older_version_that_cannot_be_read_are_not_damaged(old, disk):
+    shard = old / "step-00000002" / "shard-00001-model-00001-of-00001.safetensors"
+    disk.fail(shard, errno.EACCES)
+    with pytest.raises(UserError, match=rf"{shard.name} cannot be read: Permission denied"):
+        latest_checkpoint(old)
+    assert "step-00000002" in names(old)
 
 
 def test_a_rollback_passes_over_damage_and_says_so(three, capsys):

@@ -135,6 +135,17 @@ def test_dtype_and_step(make_run, tmp_path):
         export_run(run, tmp_path / "out", step=9)
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_not_renamed(make_run, tmp_path, capfd):
+    run = make_run(steps=(1, 2))
+    shard = run / "checkpoints" / "step-00000002" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert export_run(run, tmp_path / "out").checkpoint.step == 1
+    said = capfd.readouterr().err
+    assert f"checkpoint {shard.parent} is damaged" in said
+    assert "step 1 is used instead" in said
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+
+
 def test_float64_stays_what_it_is(make_run, tmp_path):
     run = make_run(change=lambda tensors: tensors.update({name: t.double() for name, t in tensors.items()}))
     export_run(run, tmp_path / "out")

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from smalt.model import ModelConfig, MultimodalModel
 from smalt.parallel import ParallelModel, World
 
+from .config import flat
 from .errors import UserError
 from .optimizers import optimizer_tensors
 from .shard_storage import Snapshot, save_snapshot
@@ -244,7 +245,7 @@ def checkpoint_before(folder: Path, step: int) -> Checkpoint | None:
 
 def check_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Raise UserError, naming every difference, when the checkpoint is of another architecture."""
-    saved, wanted = _flat(checkpoint.state["model"]), _flat(config.model_dump())
+    saved, wanted = flat(checkpoint.state["model"], "model."), flat(config.model_dump(), "model.")
     different = [f"{k}: {saved.get(k)} in the checkpoint, {wanted.get(k)} here" for k in wanted if saved.get(k) != wanted[k]]
     if different:
         raise UserError(f"checkpoint {checkpoint.path} is of another architecture:\n  " + "\n  ".join(different))
@@ -377,13 +378,6 @@ def _step_folders(folder: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name[5:])
-
-
-def _flat(config: dict[str, Any], prefix: str = "model") -> dict[str, Any]:
-    flat = {}
-    for key, value in config.items():
-        flat.update(_flat(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value})
-    return flat
 
 
 def _root_cause(error: BaseException) -> str:

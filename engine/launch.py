@@ -132,7 +132,7 @@ def watch(world: World, folder: Path) -> Watchdog:
 def _checkpoint(launch: Launch) -> Checkpoint | None:
     if not launch.resume or (launch.may_begin and not holds_checkpoints(launch.folder / CHECKPOINTS)):
         return None
-    checkpoint = latest_checkpoint(launch.folder / CHECKPOINTS)
+    checkpoint = latest_checkpoint(launch.folder / CHECKPOINTS, set_aside=not launch.dry_run)
     check_architecture(checkpoint, launch.config.model)
     return checkpoint
 

@@ -30,6 +30,7 @@ from .model import ParallelModel
 from .part import ModelPart
 from .recompute import recompute_blocks
 from .sharding import round_weights
+from .swap import swap_folder
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 500_000_000
@@ -372,13 +373,14 @@ def _load_async_io() -> None:
 
 
 def _swap_folder(parallel: ParallelConfig) -> TemporaryDirectory[str] | None:
-    """A folder of this process's own on the disk for the optimiser's state, gone with the process."""
-    if parallel.deepspeed.offload_optimizer != "nvme":
+    """A folder of this process's own on the disk, for the optimiser's state."""
+    disk = parallel.deepspeed.nvme_path
+    if parallel.deepspeed.offload_optimizer != "nvme" or disk is None:
         return None
     try:
-        return TemporaryDirectory(prefix="smalt-", dir=parallel.deepspeed.nvme_path)
+        return swap_folder(disk)
     except OSError as error:
-        raise ValueError(f"parallel.deepspeed.nvme_path = {parallel.deepspeed.nvme_path}: {error.strerror}") from error
+        raise ValueError(f"parallel.deepspeed.nvme_path = {disk}: {error.strerror}") from error
 
 
 def zero_settings(parallel: ParallelConfig, num_parameters: int, nvme_path: str | None) -> dict[str, Any]:

@@ -22,19 +22,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from smalt.model import ModelConfig, MultimodalModel
-from smalt.parallel import ParallelModel, World
+from smalt.model import ModelConfig
+from smalt.parallel import World
 
 from .config import flat
 from .errors import UserError
-from .optimizers import optimizer_tensors
 from .shard_storage import Snapshot, save_snapshot
 from .tensor_files import SUFFIX, FileRecord, checksum, sync_folder, write_file
 
@@ -258,12 +256,6 @@ def load_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:  # DCP's own is no Exception, and holds those of all ranks
         raise UserError(f"checkpoint {checkpoint.path} cannot be loaded: {_root_cause(error)}") from error
-
-
-def training_tensors(model: ParallelModel | MultimodalModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights as ``model.NAME``, and the optimiser's state as ``optimizer.STATE.NAME``, made now where no step was taken yet."""
-    names = {p: n for n, p in model.named_parameters()}
-    return {**{f"model.{n}": p.data for p, n in names.items()}, **optimizer_tensors(optimizer, names)}
 
 
 def _examine(path: Path) -> tuple[Checkpoint | None, str]:

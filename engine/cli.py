@@ -252,8 +252,9 @@ def checkpoint(
     from smalt.parallel import alone
     from smalt.profiling.bench_checkpoint import SIZES, bench_checkpoint, print_report
 
-    from .checkpoints import CheckpointWriter, training_tensors
+    from .checkpoints import CheckpointWriter
     from .config import load_config
+    from .optimizers import optimizer_tensors
 
     def failed(message: str) -> None:
         raise UserError(message)
@@ -263,7 +264,7 @@ def checkpoint(
         writer = CheckpointWriter(Path(folder), 1, alone(torch.device("cpu")), failed)
         sizes = load_config(config).model if config else SIZES
         print_report(
-            bench_checkpoint(sizes, writer, training_tensors, rounds=rounds, steps=steps, step_seconds=step_seconds, threads=threads)
+            bench_checkpoint(sizes, writer, optimizer_tensors, rounds=rounds, steps=steps, step_seconds=step_seconds, threads=threads)
         )
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from smalt.kernels import AdamW
 from smalt.model import PARTS, MultimodalModel
 from smalt.parallel import ParallelModel
+from smalt.parallel.deepspeed import ZeroOptimizer
 from smalt.parallel.layout import first_index
 
 from .apex_adam import ApexAdam, find_fused_adam
@@ -96,18 +97,20 @@ def _apex(groups: Groups, stage: StageConfig, config: OptimizerConfig) -> ApexAd
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, Tensor]:
     """Every tensor of the optimiser's state as ``optimizer.STATE.NAME``, made now where no step was taken yet.
 
-    They are the state itself: writing into them restores it. names: of the parameters; what it leaves out is left out.
+    They are the state itself, and writing into them restores it; of DeepSpeed's they are copies, which its model restores. names: of
+    the parameters; what it leaves out is left out.
     """
     tensors = {}
     for group in optimizer.param_groups:
         for p in (p for p in group["params"] if p in names):
-            _make_state(optimizer, group, p)
-            for state, value in optimizer.state[p].items():
+            for state, value in _state_of(optimizer, group, p).items():
                 tensors[f"optimizer.{state}.{names[p]}"] = value
     return tensors
 
 
-def _make_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.nn.Parameter) -> None:
+def _state_of(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.nn.Parameter) -> dict[str, Tensor]:
+    if isinstance(optimizer, ZeroOptimizer):
+        return optimizer.copy_state(p)
     if isinstance(optimizer, Muon):
         optimizer.make_state(p, group)
     elif isinstance(optimizer, Offloaded | ApexAdam):
@@ -118,6 +121,7 @@ def _make_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torc
             optimizer.state[p] = adamw_state(p, dtype, count_on_cpu=True)
         else:
             optimizer.state[p] = adamw_state(p)
+    return optimizer.state[p]
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:

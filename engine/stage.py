@@ -13,9 +13,9 @@ from torch import Tensor
 from smalt.model import pack
 from smalt.model.cost import Workload
 from smalt.parallel import PackShard, ParallelModel, World
-from smalt.parallel.deepspeed import MOMENTS, DeepSpeedModel
+from smalt.parallel.deepspeed import DeepSpeedModel
 
-from .checkpoints import Checkpoint, load_tensors, training_tensors
+from .checkpoints import Checkpoint, load_tensors
 from .config import RunConfig
 from .data.chat import ChatEncoder
 from .data.loader import Loader, StepBatch
@@ -27,7 +27,7 @@ from .errors import UserError
 from .memory import explain_out_of_memory
 from .norms import module_norms, optimizer_norms
 from .objectives import pack_loss
-from .optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate, trainable_parts
+from .optimizers import build_optimizer, learning_rate, optimizer_tensors, parameter_groups, set_learning_rate, trainable_parts
 from .spikes import OK, SpikeRule, Verdict
 
 # With bfloat16 the weights stay float32, and are rounded before they are used.
@@ -118,11 +118,10 @@ class Stage:
         if not random_state:
             del tensors[self._random_state]
         load_tensors(checkpoint, tensors)
-        if isinstance(self.model, DeepSpeedModel):
-            try:
-                self.model.restore(tensors)
-            except ValueError as error:
-                raise UserError(f"checkpoint {checkpoint.path}: {error}") from error
+        try:
+            self.model.restore(tensors)
+        except ValueError as error:
+            raise UserError(f"checkpoint {checkpoint.path}: {error}") from error
         if random_state:
             torch.set_rng_state(tensors[self._random_state])
 
@@ -165,21 +164,13 @@ class Stage:
         every = self.run_config.logging.norms_every
         if not every or self.done % every:
             return {}
-        if isinstance(self.model, DeepSpeedModel):
-            moments = {moment: module_norms(self.model.moments(moment), self.world) for moment in MOMENTS}
-            found = {
-                "weights": module_norms(self.model.weights(), self.world),
-                "gradients": module_norms(self.model.gradients(), self.world),
-                "state": {f"{moment}/{module}": norm for moment, norms in moments.items() for module, norm in norms.items()},
-            }
-        else:
-            parameters = self.model.counted_parameters()
-            gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-            found = {
-                "weights": module_norms(parameters, self.world),
-                "gradients": module_norms(gradients, self.world),
-                "state": optimizer_norms(self.optimizer, {p: name for name, p in parameters.items()}, self.world),
-            }
+        model, world = self.model, self.world
+        names = {p: name for name, p in model.counted(dict(model.named_parameters())).items()}
+        found = {
+            "weights": module_norms(model.counted(model.weights()), world),
+            "gradients": module_norms(model.counted(model.gradients()), world),
+            "state": optimizer_norms(self.optimizer, names, world),
+        }
         return {f"norms/{kind}/{key}": value for kind, norms in found.items() for key, value in norms.items()}
 
     def _explain_out_of_memory(self) -> AbstractContextManager[None]:
@@ -196,9 +187,9 @@ class Stage:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything of a checkpoint that is a tensor."""
-        zero = self.model if isinstance(self.model, DeepSpeedModel) else None
-        trained = zero.training_tensors() if zero else training_tensors(self.model, self.optimizer)
-        return {**trained, self._random_state: torch.get_rng_state()}
+        weights = {f"model.{name}": tensor for name, tensor in self.model.weights().items()}
+        state = optimizer_tensors(self.optimizer, {p: name for name, p in self.model.named_parameters()})
+        return {**weights, **state, self._random_state: torch.get_rng_state()}
 
     @property
     def _random_state(self) -> str:
@@ -217,8 +208,7 @@ class Stage:
     def close(self) -> None:
         """End the loader's thread; the model keeps its weights."""
         self.loader.close()
-        if isinstance(self.model, DeepSpeedModel):
-            self.model.close()
+        self.model.close()
 
 
 def stage_stream(config: RunConfig, name: str, data: RunData) -> grain.MapDataset:

@@ -26,10 +26,11 @@ from .batch import PackShard
 from .config import ParallelConfig
 from .gradients import check_gradients
 from .mesh import World
-from .model import ParallelModel
+from .model import ParallelModel, freeze
 from .part import ModelPart
 from .recompute import recompute_blocks
 from .sharding import round_weights
+from .swap import swap_folder
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 500_000_000
@@ -59,7 +60,7 @@ class DeepSpeedModel(ParallelModel):
         self.library = load_deepspeed(world)
         with torch.device("meta"):
             self.skeleton = MultimodalModel(config).to(dtype)
-        _freeze(self.skeleton, trainable)
+        freeze(self.skeleton, trainable)
         num_parameters = sum(p.numel() for p in self.skeleton.parameters())
         self.settings = zero_settings(world.parallel, num_parameters, self.disk.name if self.disk else None)
         self.stage3 = world.parallel.deepspeed.stage == 3
@@ -75,7 +76,7 @@ class DeepSpeedModel(ParallelModel):
         """Parameters are made module by module, children first; ZeRO-3 cuts each before the next is made."""
         with torch.device("meta"):
             part = ModelPart(self.config, blocks, self.world, self.autocast).to(self.dtype)
-        _freeze(part, trainable)
+        freeze(part, trainable)
         recompute_blocks(part, self.world.parallel)
         for prefix, module in reversed(list(part.named_modules())):
             module.to_empty(device=self.world.device, recurse=False)
@@ -99,8 +100,9 @@ class DeepSpeedModel(ParallelModel):
         """
         names = {p: name for name, p in self.skeleton.named_parameters()}
         mine = dict(self.named_parameters())
-        own_groups = [{**group, "params": [mine[names[p]] for p in group["params"]]} for group in groups]
-        self.adamw = torch.optim.AdamW(own_groups, rate, betas, eps, fused=True)
+        groups = [{**group, "params": [mine[names[p]] for p in group["params"]]} for group in groups]
+        # DeepSpeed puts parameters of its own into AdamW's groups.
+        self.adamw = torch.optim.AdamW([dict(group) for group in groups], rate, betas, eps, fused=True)
         self.engine, *_ = self.library.initialize(
             model=self.parts[0], optimizer=self.adamw, config=self.settings, dist_init_required=False
         )
@@ -197,7 +199,7 @@ class DeepSpeedModel(ParallelModel):
         self.engine.optimizer.override_loss_scale(divisor)
 
     def close(self) -> None:
-        """Let go of gradients and moments. The weights stay, to be gathered."""
+        """Let go of gradients and moments."""
         self.engine.destroy()
         self.adamw.state.clear()
         self.engine = None
@@ -223,27 +225,19 @@ class DeepSpeedModel(ParallelModel):
 
         return {name: self._share(safe_get_full_grad(p) / self.divisor) for name, p in self._learning()}
 
-    def moments(self, moment: str) -> dict[str, Tensor]:
-        """exp_avg or exp_avg_sq of what learns, sharded as :meth:`weights`."""
+    def state_of(self, p: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's state of a parameter that learns, as torch's AdamW has it: copies, the moments sharded as :meth:`weights`."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if self.steps == 0:  # DeepSpeed has none yet
-            shapes = {name: self.skeleton.get_parameter(name).shape for name, _ in self._learning()}
-            return {name: self._share(torch.zeros(shape, device=self.world.device)) for name, shape in shapes.items()}
-        return {name: self._share(safe_get_full_optimizer_state(p, moment)) for name, p in self._learning()}
-
-    def training_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint of the torch runtime holds of model and AdamW; :meth:`restore` writes it back.
-
-        ``model.NAME``, ``optimizer.exp_avg.NAME``, ``optimizer.exp_avg_sq.NAME``, sharded as :meth:`weights`; ``optimizer.step.NAME``.
-        """
-        tensors = {f"model.{name}": tensor for name, tensor in self.weights().items()}
-        for moment in MOMENTS:
-            tensors.update({f"optimizer.{moment}.{name}": tensor for name, tensor in self.moments(moment).items()})
-        return tensors | {f"optimizer.step.{name}": torch.tensor(float(self.steps)) for name, _ in self._learning()}
+            zeros = torch.zeros(getattr(p, "ds_shape", p.shape), device=self.world.device)
+            moments = {moment: self._share(zeros) for moment in MOMENTS}
+        else:
+            moments = {moment: self._share(safe_get_full_optimizer_state(p, moment)) for moment in MOMENTS}
+        return {"step": torch.tensor(float(self.steps)), **moments}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take weights and AdamW's state from tensors as :meth:`training_tensors` makes them.
+        """Write weights, and AdamW's state in the form of :meth:`state_of`, to where DeepSpeed has them.
 
         Raises ValueError where parameters have taken different numbers of steps.
         """
@@ -315,7 +309,7 @@ class DeepSpeedModel(ParallelModel):
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
-    """DeepSpeed's step as an optimiser of torch. Its parameters are those of the model's skeleton; its state is DeepSpeed's."""
+    """DeepSpeed's step as an optimiser of torch. Its state is DeepSpeed's, by DeepSpeed's own parameters: :meth:`copy_state`."""
 
     def __init__(self, model: DeepSpeedModel, groups: list[dict[str, Any]], rate: float):
         super().__init__(groups, {"lr": rate})
@@ -328,6 +322,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients that no step was taken with."""
         self.model.drop_gradients()
+
+    def copy_state(self, p: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's state of one of the model's parameters. Every rank of the world calls it."""
+        return self.model.state_of(p)
 
 
 def load_deepspeed(world: World) -> Any:
@@ -372,13 +370,14 @@ def _load_async_io() -> None:
 
 
 def _swap_folder(parallel: ParallelConfig) -> TemporaryDirectory[str] | None:
-    """A folder of this process's own on the disk for the optimiser's state, gone with the process."""
-    if parallel.deepspeed.offload_optimizer != "nvme":
+    """A folder of this process's own on the disk, for the optimiser's state."""
+    disk = parallel.deepspeed.nvme_path
+    if parallel.deepspeed.offload_optimizer != "nvme" or disk is None:
         return None
     try:
-        return TemporaryDirectory(prefix="smalt-", dir=parallel.deepspeed.nvme_path)
+        return swap_folder(disk)
     except OSError as error:
-        raise ValueError(f"parallel.deepspeed.nvme_path = {parallel.deepspeed.nvme_path}: {error.strerror}") from error
+        raise ValueError(f"parallel.deepspeed.nvme_path = {disk}: {error.strerror}") from error
 
 
 def zero_settings(parallel: ParallelConfig, num_parameters: int, nvme_path: str | None) -> dict[str, Any]:
@@ -405,11 +404,6 @@ def zero_settings(parallel: ParallelConfig, num_parameters: int, nvme_path: str 
     if own.stage == 2:
         settings["gradient_allreduce_op"] = "sum"
     return settings
-
-
-def _freeze(model: MultimodalModel, trainable: Collection[str]) -> None:
-    for name, child in model.named_children():
-        child.requires_grad_(name in trainable)
 
 
 def _name_borrowed(part: ModelPart, register: Callable[[nn.Module, Tensor], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
 
 TIED = "language.embedding.weight"
+T = TypeVar("T")
 
 
 class ParallelModel:
@@ -66,8 +67,7 @@ class ParallelModel:
         with torch.device("meta"):
             part = ModelPart(self.config, blocks, world, self.autocast)
         part.to(self.dtype)
-        for name, child in part.named_children():
-            child.requires_grad_(name in trainable)
+        freeze(part, trainable)
         if world.meshes is not None and world.parallel.tp > 1:
             tensor_parallel(part.language, world.meshes.tp)
         recompute_blocks(part, world.parallel)
@@ -100,10 +100,18 @@ class ParallelModel:
         """Parameters of this rank's parts."""
         return (p for _, p in self.named_parameters())
 
-    def counted_parameters(self) -> dict[str, nn.Parameter]:
-        """Those of which this pipeline stage is the first to hold a copy: sums over all ranks meet each element once."""
+    def weights(self) -> dict[str, Tensor]:
+        """What this rank holds of every parameter, by its name: the weights themselves, or copies that :meth:`restore` takes."""
+        return {name: p.data for name, p in self.named_parameters()}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients of :meth:`weights`, where there are any."""
+        return {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+
+    def counted(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """Of tensors by name, those of which this pipeline stage holds the first copy: sums over all ranks meet each element once."""
         copied = self.world.parallel.pp > 1 and not self.parts[0].is_first
-        return {name: p for name, p in self.named_parameters() if not (copied and name == TIED)}
+        return {name: tensor for name, tensor in tensors.items() if not (copied and name == TIED)}
 
     def accumulate(self, packs: list[PackedBatch], loss: Callable[[Tensor, PackShard], Tensor]) -> Tensor:
         """Add the gradients of all packs of this replica, reduced over ranks once, at the last, or as ``reduce_every_pack`` says.
@@ -158,12 +166,12 @@ class ParallelModel:
 
     def gradient_norm(self) -> float:
         """L2 norm of the whole gradient, the same on every rank."""
-        return gradients.global_norm((p.grad for p in self.counted_parameters().values() if p.grad is not None), self.world)
+        return gradients.global_norm(self.counted(self.gradients()).values(), self.world)
 
     def clip_gradients(self, max_norm: float) -> float:
         """Scale the gradients so that their norm is at most ``max_norm``; returns the norm before."""
         norm = self.gradient_norm()
-        gradients.clip([p.grad for _, p in self.named_parameters() if p.grad is not None], norm, max_norm)
+        gradients.clip(list(self.gradients().values()), norm, max_norm)
         return norm
 
     def copy_weights(self, other: Mapping[str, Tensor]) -> None:
@@ -171,6 +179,15 @@ class ParallelModel:
         with torch.no_grad():
             for name, p in self.named_parameters():
                 local_part(p).copy_(local_part(other[name]))
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the tensors of a checkpoint that were loaded: here they are weights and state themselves, and nothing is left to do.
+
+        Named ``model.NAME`` and ``optimizer.STATE.NAME``. Raises ValueError where the model cannot go on from them.
+        """
+
+    def close(self) -> None:
+        """Let go of what only training needs and nothing else would free. The weights stay, to be gathered."""
 
     def full_state(self) -> dict[str, Tensor]:
         """Every parameter of the model, whole, on each rank. Every rank of the world calls it."""
@@ -220,6 +237,12 @@ class ParallelModel:
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.world.device)
+
+
+def freeze(model: nn.Module, trainable: Collection[str]) -> None:
+    """Have only the parts of these names learn."""
+    for name, child in model.named_children():
+        child.requires_grad_(name in trainable)
 
 
 def initialize_part(part: ModelPart, seed: int) -> None:

@@ -8,7 +8,7 @@ is made long enough that a step takes a given time, so that the share of a step 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from smalt.model import Document, LanguageConfig, ModelConfig, MultimodalModel, PackedBatch, VisionConfig, build_model, pack
+from smalt.model import Document, LanguageConfig, ModelConfig, PackedBatch, VisionConfig, build_model, pack
 
 SIZES = ModelConfig(
     vision=VisionConfig(num_layers=2, width=64, num_heads=4, ffn=256, patch=4, tile=16),
@@ -49,7 +49,7 @@ class Round:
 def bench_checkpoint(
     config: ModelConfig,
     writer: Writer,
-    tensors: Callable[[MultimodalModel, torch.optim.Optimizer], dict[str, Tensor]],
+    state: Callable[[torch.optim.Optimizer, Mapping[torch.nn.Parameter, str]], dict[str, Tensor]],
     *,
     rounds: int,
     steps: int,
@@ -58,14 +58,15 @@ def bench_checkpoint(
 ) -> dict[str, Any]:
     """Measure, on the CPU; returns a dict that JSON can hold, ready for :func:`print_report`.
 
-    tensors: what is saved of a model and its optimiser; steps: of a block; step_seconds: what a step takes at least; threads: of
-    torch.
+    state: what is saved of an optimiser, by the names of parameters; steps: of a block; step_seconds: what a step takes at least;
+    threads: of torch.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         trainer = _Trainer(config, step_seconds)
-        saved = tensors(trainer.model, trainer.optimizer)
+        names = {p: name for name, p in trainer.model.named_parameters()}
+        saved = {**{f"model.{name}": p.data for p, name in names.items()}, **state(trainer.optimizer, names)}
         # The first save allocates; the second is what every later one is, here with nothing beside it.
         for number in range(2):
             started = time.perf_counter()

@@ -16,6 +16,7 @@ import faults
 import torch
 import workload
 
+from smalt.engine.optimizers import optimizer_tensors
 from smalt.parallel import ParallelConfig, ParallelModel
 from smalt.parallel.deepspeed import DeepSpeedModel
 from smalt.parallel.mesh import join_world, leave_world
@@ -91,9 +92,9 @@ def go_on(row, world):
     model, optimizer = build(row, world)
     for packs in steps[:2]:
         step(model, optimizer, packs)
-    saved = model.training_tensors()
+    saved = {f"model.{name}": tensor for name, tensor in model.weights().items()} | state_of(model, optimizer)
     last = step(model, optimizer, steps[2])
-    found = {"last": [last], "parameters": [model.full_state()], "moments": [whole(model)]}
+    found = {"last": [last], "parameters": [model.full_state()], "moments": [whole_state(model, optimizer)]}
     model.close()
     for before in ([], steps[2:]):
         other, optimizer = build(row, world)
@@ -102,15 +103,18 @@ def go_on(row, world):
         other.restore(saved)
         found["last"].append(step(other, optimizer, steps[2]))
         found["parameters"].append(other.full_state())
-        found["moments"].append(whole(other))
+        found["moments"].append(whole_state(other, optimizer))
         other.close()
     return found
 
 
-def whole(model):
-    """AdamW's state."""
-    tensors = model.training_tensors()
-    return {n: getattr(t, "full_tensor", lambda t=t: t)() for n, t in tensors.items() if n.startswith("optimizer.")}
+def state_of(model, optimizer):
+    """AdamW's state, as a checkpoint has it."""
+    return optimizer_tensors(optimizer, {p: name for name, p in model.named_parameters()})
+
+
+def whole_state(model, optimizer):
+    return {n: getattr(t, "full_tensor", lambda t=t: t)() for n, t in state_of(model, optimizer).items()}
 
 
 def skip(row, world):
@@ -127,7 +131,7 @@ def skip(row, world):
                 skipped.append(step(model, optimizer, packs, lambda nll, shard: steep(nll, shard, world)))
                 skipped.append(step(model, optimizer, packs, take=False))
             step(model, optimizer, packs)
-        found.append({"skipped": skipped, "parameters": model.full_state(), "moments": whole(model)})
+        found.append({"skipped": skipped, "parameters": model.full_state(), "moments": whole_state(model, optimizer)})
         model.close()
     return found
 

@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from smalt.engine.checkpoints import CheckpointWriter, training_tensors
+from smalt.engine.checkpoints import CheckpointWriter
+from smalt.engine.optimizers import optimizer_tensors
 from smalt.model import LanguageConfig, ModelConfig, VisionConfig
 from smalt.parallel import alone
 from smalt.profiling.bench_checkpoint import Round, _row, bench_checkpoint, print_report
@@ -26,7 +27,7 @@ def test_a_row_is_what_a_save_costs_by_step():
 def test_the_whole_of_it(tmp_path, capsys):
     writer = CheckpointWriter(tmp_path, 1, alone(torch.device("cpu")), pytest.fail)
     threads = torch.get_num_threads()
-    result = bench_checkpoint(CONFIG, writer, training_tensors, rounds=3, steps=2, step_seconds=0.0, threads=1)
+    result = bench_checkpoint(CONFIG, writer, optimizer_tensors, rounds=3, steps=2, step_seconds=0.0, threads=1)
     assert torch.get_num_threads() == threads
     assert json.loads(json.dumps(result)) == result
     assert len(result["rounds"]) == 3
@@ -50,5 +51,5 @@ def test_a_slow_writer_is_seen():
         def wait(self):
             time.sleep(0.05)
 
-    result = bench_checkpoint(CONFIG, Slow(), training_tensors, rounds=2, steps=1, step_seconds=0.0, threads=1)
+    result = bench_checkpoint(CONFIG, Slow(), optimizer_tensors, rounds=2, steps=1, step_seconds=0.0, threads=1)
     assert all(row["call"] >= 0.2 and row["late"] >= 0.05 for row in result["rounds"])

@@ -19,7 +19,8 @@ _SECONDS_FOR_LAST_WORDS = 1.0
 
 
 class Preemption:
-    """While it is open, SIGTERM sets ``asked`` instead of ending the process; a second one changes nothing.
+    """While it is open, SIGTERM sets ``asked`` instead of ending the process; a second one changes nothing. Before :meth:`begin` and
+    after :meth:`end_at_once`, when there is nothing to save, it ends the process, with code 0.
 
     So does the death of torchrun: its workers live in sessions of their own, and would go on writing beside those of the next launch.
     A second before ``grace_seconds`` have passed since then the process ends with code 1, wherever it is: a thread sees to it, for
@@ -28,11 +29,12 @@ class Preemption:
     processes meet: what waits for those of a dead torchrun would wait long. The first process speaks for all, on stderr.
     """
 
-    def __init__(self, grace_seconds: float = 30.0):
-        self.grace_seconds = grace_seconds  # of the config, as soon as that is read
+    def __init__(self) -> None:
+        self.grace_seconds = 0.0
         self.is_main = os.environ.get("RANK", "0") == "0"
         self.asked = False
-        self._safe = False
+        # Why nothing is lost if the process ends at once; None while something would be.
+        self._at_once: str | None = "training has not begun"
         self._ending = threading.Lock()
         self._under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         self._thread = threading.Thread(target=self._watch, name="preemption", daemon=True)
@@ -53,9 +55,13 @@ class Preemption:
         self._thread.join()
         self._signals.close()
 
+    def begin(self, grace_seconds: float) -> None:
+        """From here on there is something to save."""
+        self.grace_seconds, self._at_once = grace_seconds, None
+
     def end_at_once(self) -> None:
         """From here on nothing can be lost: whoever is asked to end, or has been, ends at once, with code 0."""
-        self._safe = True
+        self._at_once = "the last checkpoint is saved, the evaluation is not finished; --continue does it again"
         if self.asked:
             self._end()
 
@@ -77,7 +83,7 @@ class Preemption:
                 cause = "SIGTERM"
         deadline = time.monotonic() + self.grace_seconds - _SECONDS_FOR_LAST_WORDS
         self.asked = True
-        if self._safe:
+        if self._at_once:
             self._end()
         self._say(f"{cause}: saving after this step, for which there are {self.grace_seconds:g} s (checkpoint.grace_seconds)")
         while (left := deadline - time.monotonic()) > 0:
@@ -92,7 +98,7 @@ class Preemption:
 
     def _end(self) -> None:
         with self._ending:
-            self._say("asked to end: the last checkpoint is saved, the evaluation is not finished; --continue does it again")
+            self._say(f"asked to end: {self._at_once}")
             os._exit(0)
 
     def _say(self, text: str) -> None:

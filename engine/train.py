@@ -30,13 +30,13 @@ def main(arguments: list[str]) -> int:
         with Preemption() as preemption:
             world = meet()
             launch = agree_on_launch(arguments, world)
-            preemption.grace_seconds = launch.config.checkpoint.grace_seconds
             world = lay_out_run(launch.config, world)
             if launch.dry_run:
                 plan = dry_run(launch, world)
                 if world.is_main:
                     print(plan)
             else:
+                preemption.begin(launch.config.checkpoint.grace_seconds)
                 with watch(world, launch.folder) as watchdog:
                     train(launch, world, watchdog, preemption)
             leave_world(world)

@@ -201,13 +201,27 @@ def test_the_final_evaluation_ends_at_once_and_is_done_again(tiny_config, tmp_pa
     assert steps(run) == 7
 
 
+@pytest.mark.slow
+def test_before_training_a_process_ends_at_once(tmp_path):
+    # One of two, whose other does not come.
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    process = subprocess.Popen([sys.executable, "-u", "engine/train.py"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    caught = Path(f"/proc/{process.pid}/status")
+    wait(process, lambda: int(re.search(r"SigCgt:\s*(\w+)", caught.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1)
+    time.sleep(1)
+    process.terminate()
+    assert process.wait(20) == 0
+    assert "asked to end: training has not begun" in process.stderr.read()
+
+
 def test_the_handler_of_before_is_back_unless_the_process_was_asked_to_end(capsys):
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with Preemption(30) as preemption:
+        with Preemption() as preemption:
             assert not preemption.asked
         assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
-        with Preemption(30) as preemption:
+        with Preemption() as preemption:
+            preemption.begin(30)
             for _ in range(3):
                 os.kill(os.getpid(), signal.SIGTERM)
             while not preemption.asked:

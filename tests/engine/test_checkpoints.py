@@ -58,7 +58,9 @@ def test_full_disk_goes_on(tiny_config, tmp_path, train, small_disk, finished):
     # Room for one checkpoint and a half: the first is written, every later one fails.
     one = size_of(latest_checkpoint(finished(tiny_config(ONE_STAGE)) / "checkpoints").path)
     checkpoints = small_disk(one * 3 // 2048)
-    done = train([tiny_config(ONE_STAGE), "--folder", tmp_path / "run"])
+    done = train([tiny_config(ONE_STAGE), "--folder", tmp_path / "run"], check=False)
+    assert done.returncode == 1
+    assert "it was the last of this run" in done.stderr
     assert "checkpoint of step 4 could not be written" in done.stdout
     assert "No space left on device" in done.stdout
     assert f"the last good one is {checkpoints / 'step-00000002'}" in done.stdout

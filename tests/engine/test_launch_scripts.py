@@ -42,7 +42,8 @@ def test_two_nodes(tiny_config, tmp_path, train):
 def test_slurm_starts_one_torchrun_a_node(tmp_path):
     # scontrol and srun stand in for Slurm's: the first names the nodes, the second runs its command once a node.
     fake = {
-        "scontrol": 'echo "node-a\nnode-b"',
+        # More than a pipe holds: a reader of the first line alone would break it.
+        "scontrol": 'echo "node-a"; seq -f node-%.0f 20000',
         "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
         "torchrun": f'{sys.executable} -c "import json, sys; print(json.dumps(sys.argv[1:]))" "$@"',
     }

@@ -119,7 +119,9 @@ class Run:
         """End a run that was asked to, when its checkpoint is whole. Raises UserError when that cannot be written."""
         self._finish_last_save()
         self.progress.close()
-        self.progress.say(f"stopped after step {self.step}, which is saved; go on with --continue --folder {self.folder.path}")
+        # Who was asked says so, but where the first process was told by another it would not.
+        why = "" if self.preemption.asked else " as another rank was asked to"
+        self.progress.say(f"stopped{why} after step {self.step}, which is saved; go on with --continue --folder {self.folder.path}")
 
     def finish(self) -> None:
         """The last save, the final evaluation, the plot. Raises UserError when the save fails."""

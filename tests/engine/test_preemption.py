@@ -183,7 +183,7 @@ def test_an_evaluation_during_training_is_given_up(nproc, tiny_config, tmp_path,
     process.wait(60)
     assert process.returncode == (0 if nproc == 1 else 1), said()  # torchrun has a code of its own
     assert "the evaluation after step 5 is given up: the run was asked to end" in said()
-    assert "stopped after step 5, which is saved" in said()
+    assert "after step 5, which is saved" in said()
     assert checkpoints(run) == ["step-00000005"]
 
 

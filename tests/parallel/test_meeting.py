@@ -50,12 +50,14 @@ def test_ranks_that_do_not_come_are_named(store):
 
 
 WORKER = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from smalt.parallel import join_world, leave_world
 world = join_world("cpu")
 restarted = world.agree(lambda: world.restarted)
 if not restarted and world.rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
+if not restarted:
+    time.sleep(600)  # until its torchrun, which has nothing to complain of, hears that the other one starts again
 with open(f"{sys.argv[1]}-{world.rank}.json", "w") as file:
     json.dump([restarted, int(os.environ["TORCHELASTIC_RESTART_COUNT"])], file)
 leave_world(world)

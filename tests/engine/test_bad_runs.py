@@ -130,6 +130,7 @@ def test_the_real_command_fails_with_one_clear_line(tiny_config, train, tmp_path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_documents_longer_than_a_pack_are_skipped_and_counted(tiny_config, run, lines):
     code, _ = run(tiny_config({**ONE_STAGE, "stages.sft.sequence_length": 30}))
     assert code == 0
@@ -165,6 +166,7 @@ def test_held_out_documents_that_all_are_too_long_have_no_loss_rather_than_a_per
     assert not any(key.startswith("validation_loss") for key in lines("metrics.jsonl")[-1])
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_and_says_what_to_do(tiny_config, run, lines):
     arguments = "--stages.sft.learning-rate 1e30 --stages.sft.warmup-steps 0 --stages.sft.steps 20 --optimizer.max-bad-steps 3"
     code, said = run(tiny_config(ONE_STAGE), *arguments.split())
@@ -175,6 +177,7 @@ def test_a_diverging_run_stops_and_says_what_to_do(tiny_config, run, lines):
     assert lines("metrics.jsonl")[-1]["loss"] is None
 
 
+@pytest.mark.slow
 def test_a_run_whose_end_cannot_be_saved_fails(tiny_config, run, monkeypatch, tmp_path):
     whole = checkpoints.save_snapshot
 

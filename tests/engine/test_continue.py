@@ -72,6 +72,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_anew_in_its_folder(t
     assert json.loads((folder / "config.json").read_text())["name"] == "tiny"
 
 
+@pytest.mark.slow
 def test_a_run_with_nothing_but_damaged_checkpoints_is_not_begun_anew(tiny_config, tmp_path, capsys):
     folder = tmp_path / "run"
     (folder / "checkpoints" / "step-00000002.damaged").mkdir(parents=True)
@@ -140,6 +141,7 @@ def test_the_newest_run_is_that_of_the_name_and_of_the_latest_date(tiny_config, 
     assert parse_launch([config, "--continue"]).folder.name == NEWER
 
 
+@pytest.mark.slow
 def test_a_config_that_has_changed_is_said_and_options_of_a_relaunch_stay(tiny_config, tmp_path, capsys):
     folder = tmp_path / "run"
     assert main([str(tiny_config(SHORT)), "--folder", str(folder), "--logging.every", "7"]) == 0

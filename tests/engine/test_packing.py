@@ -231,7 +231,7 @@ def test_split_documents_lose_no_target_in_packs(lengths, num_packs, window):
     assert learned == Counter(expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(**MIXED, num_replicas=st.sampled_from([1, 2, 4]), prefetch=st.integers(1, 6), taken=st.integers(0, 3))
 def test_loaders_of_any_number_of_replicas_and_steps_ahead_have_the_same_packs(
     lengths, num_packs, window, num_replicas, prefetch, taken

@@ -39,6 +39,7 @@ def test_every_life_has_keys_of_its_own(store):
         assert found[0][1] == (max(restarts) > 0)
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_come_are_named(store):
     store.set("hello/1", "dead")
     with ThreadPoolExecutor(1) as pool:

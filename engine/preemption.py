@@ -57,7 +57,8 @@ class Preemption:
 
     def begin(self, grace_seconds: float) -> None:
         """From here on there is something to save."""
-        self.grace_seconds, self._at_once = grace_seconds, None
+        self.grace_seconds = grace_seconds
+        self._at_once = None
 
     def end_at_once(self) -> None:
         """From here on nothing can be lost: whoever is asked to end, or has been, ends at once, with code 0."""
@@ -81,10 +82,11 @@ class Preemption:
                 return
             if signal.SIGTERM in numbers:
                 cause = "SIGTERM"
-        deadline = time.monotonic() + self.grace_seconds - _SECONDS_FOR_LAST_WORDS
         self.asked = True
         if self._at_once:
             self._end()
+        # After the look at _at_once, which begin() takes back when the grace is set.
+        deadline = time.monotonic() + self.grace_seconds - _SECONDS_FOR_LAST_WORDS
         self._say(f"{cause}: saving after this step, for which there are {self.grace_seconds:g} s (checkpoint.grace_seconds)")
         while (left := deadline - time.monotonic()) > 0:
             self._signals.settimeout(left)

@@ -243,6 +243,18 @@ def test_kills_at_any_moment_of_a_save_leave_a_whole_one(tmp_path, capfd):
     assert interrupted, "no kill fell inside a save"
 
 
+def run_on_three(code, tmp_path):
+    """A script on three processes, each of which says "done" at its end; it is given a folder for checkpoints."""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    command = [*torchrun, script, tmp_path / "checkpoints"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("done") == 3
+    return done
+
+
 PROCESSES = """
 import sys, time, torch
 import torch.distributed as dist
@@ -292,13 +304,7 @@ leave_world(world)
 
 @pytest.mark.slow
 def test_processes_save_together_fail_together_and_do_not_hold_up_training(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(PROCESSES)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    command = [*torchrun, script, tmp_path / "checkpoints"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("done") == 3
+    run_on_three(PROCESSES, tmp_path)
     checkpoint = latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint.step == 3
     assert [p.name for p in sorted(checkpoint.path.glob("*.safetensors"))] == [f"shard-0000{n}.safetensors" for n in range(3)]
@@ -357,11 +363,5 @@ leave_world(world)
 @pytest.mark.slow
 def test_all_processes_report_a_failed_save_in_the_same_step(tmp_path):
     # With checkpoint.on_error = "stop" a process that reports raises: one that did not would wait for it in the next collective.
-    script = tmp_path / "script.py"
-    script.write_text(TOGETHER)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    command = [*torchrun, script, tmp_path / "checkpoints"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("done") == 3
+    done = run_on_three(TOGETHER, tmp_path)
     assert done.stderr.count("step-00000002.old.partial cannot be removed: Device or resource busy") == 1

@@ -162,7 +162,8 @@ def test_what_deepspeed_cannot_do_is_an_error_of_the_config(changes, said, tiny_
 
 
 def test_settings_of_deepspeed_are_not_read_on_torch(tiny_config):
-    load_config(tiny_config({"parallel.deepspeed.stage": 2, "parallel.tp": 2, "optimizer.kind": "muon"}))
+    config = load_config(tiny_config({"parallel.deepspeed.stage": 2, "parallel.tp": 2, "optimizer.kind": "muon"}))
+    assert (config.parallel.runtime, config.parallel.tp, config.optimizer.kind) == ("torch", 2, "muon")
 
 
 @pytest.mark.slow

@@ -24,10 +24,6 @@ from smalt.parallel.mesh import join_world, leave_world
 RATE, BETAS, EPS, DECAY = 1e-2, (0.9, 0.95), 1e-5, 0.1  # those of workload.make_optimizer
 
 
-def pack_loss(nll, shard):
-    return (nll * shard.loss_weight).sum()
-
-
 def build(row, world):
     """A model and its optimiser: of DeepSpeed, or, where the row has no section deepspeed, of torch."""
     config = workload.make_config(row["variant"])
@@ -53,7 +49,7 @@ def gradients_of(model):
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
-def step(model, optimizer, packs, loss=pack_loss, take=True):
+def step(model, optimizer, packs, loss=workload.pack_loss, take=True):
     """A step on this replica's share of the packs, taken where it is finite and to be taken; gives loss and norm."""
     world, total = model.world, workload.denominator(packs)
     mine = packs[world.replica :: world.num_replicas]
@@ -68,22 +64,8 @@ def step(model, optimizer, packs, loss=pack_loss, take=True):
 def train(row, world, order=lambda packs: packs):
     """What tests/parity/workload.py finds of one process; order: of the packs of a step."""
     model, optimizer = build(row, world)
-    result = {"loss": [], "norm": [], "clipped": [], "initial": {n: p.clone() for n, p in model.full_state().items()}}
-    for number, packs in enumerate(map(order, workload.make_steps(row["variant"], torch.float32))):
-        total = workload.denominator(packs)
-        mine = packs[world.replica :: world.num_replicas]
-        if number == 0:
-            result["evaluated"] = float(world.sum(model.evaluate(mine, pack_loss, len(mine)))) / total
-        loss = model.accumulate(mine, lambda nll, shard, total=total: pack_loss(nll, shard) / total)
-        result["loss"].append(float(world.sum(loss)))
-        if number == 0:
-            result["gradients"] = gradients_of(model)
-        result["norm"].append(model.clip_gradients(workload.MAX_NORM))
-        result["clipped"].append(model.gradient_norm())
-        optimizer.step()
-        optimizer.zero_grad()
-    result["parameters"] = {n: p.clone() for n, p in model.full_state().items()}
-    return result
+    steps = map(order, workload.make_steps(row["variant"], torch.float32))
+    return workload.train_layout(model, optimizer, steps, gradients_of)
 
 
 def go_on(row, world):
@@ -138,12 +120,12 @@ def skip(row, world):
 
 def infinite(nll, shard, world):
     """A loss that is infinite on one rank, with finite gradients."""
-    return pack_loss(nll, shard) + (float("inf") if world.rank == 1 else 0.0)
+    return workload.pack_loss(nll, shard) + (float("inf") if world.rank == 1 else 0.0)
 
 
 def steep(nll, shard, world):
     """A finite loss, on one rank with infinite gradients."""
-    loss = pack_loss(nll, shard)
+    loss = workload.pack_loss(nll, shard)
     return loss + (loss - loss.detach()).abs().sqrt() * 0.0 if world.rank == 1 else loss
 
 

@@ -28,29 +28,12 @@ from smalt.parallel.mesh import World, alone, build_meshes
 LIMIT = 200  # seconds of a row, far beyond every timeout of a collective
 
 
-def pack_loss(nll, shard):
-    return (nll * shard.loss_weight).sum()
-
-
 def run_layout(case, world):
     dtype, trainable = workload.DTYPES[case["dtype"]], workload.TRAINABLE[case["trainable"]]
     config, autocast = workload.make_config(case["variant"]), case["dtype"] == "bfloat16"
     model = ParallelModel(config, world, 0, dtype, trainable, workload.LENGTH, autocast=autocast)
     optimizer = workload.make_optimizer(p for _, p in model.named_parameters())
-    result = {"loss": [], "norm": [], "clipped": [], "initial": {n: p.clone() for n, p in model.full_state().items()}}
-    for step, packs in enumerate(workload.make_steps(case["variant"], dtype)):
-        mine, total = packs[world.replica :: world.num_replicas], workload.denominator(packs)
-        if step == 0:
-            result["evaluated"] = float(world.sum(model.evaluate(mine, pack_loss, len(mine)))) / total
-        loss = model.accumulate(mine, lambda nll, shard, total=total: pack_loss(nll, shard) / total)
-        result["loss"].append(float(world.sum(loss)))
-        if step == 0:
-            result["gradients"] = whole_gradients(model)
-        result["norm"].append(model.clip_gradients(workload.MAX_NORM))
-        result["clipped"].append(model.gradient_norm())
-        optimizer.step()
-        optimizer.zero_grad()
-    result["parameters"] = model.full_state()
+    result = workload.train_layout(model, optimizer, workload.make_steps(case["variant"], dtype), whole_gradients)
     result["graphs"] = counters["stats"]["unique_graphs"]
     return result
 

@@ -99,6 +99,29 @@ def losses(model, one, rounded):
         return torch.func.functional_call(model, weights, one)
 
 
+def pack_loss(nll, shard):
+    return (nll * shard.loss_weight).sum()
+
+
+def train_layout(model, optimizer, steps, gradients_of):
+    """What :func:`run_reference` finds, of a model on a layout. gradients_of(model): every gradient whole, by name."""
+    world = model.world
+    result = {"loss": [], "norm": [], "clipped": [], "initial": {n: p.clone() for n, p in model.full_state().items()}}
+    for step, packs in enumerate(steps):
+        mine, total = packs[world.replica :: world.num_replicas], denominator(packs)
+        if step == 0:
+            result["evaluated"] = float(world.sum(model.evaluate(mine, pack_loss, len(mine)))) / total
+        loss = model.accumulate(mine, lambda nll, shard, total=total: pack_loss(nll, shard) / total)
+        result["loss"].append(float(world.sum(loss)))
+        if step == 0:
+            result["gradients"] = gradients_of(model)
+        result["norm"].append(model.clip_gradients(MAX_NORM))
+        result["clipped"].append(model.gradient_norm())
+        optimizer.step()
+        optimizer.zero_grad()
+    return result | {"parameters": {n: p.clone() for n, p in model.full_state().items()}}
+
+
 def run_reference(variant, trainable, dtype):
     """The plain model in one process: no mesh, no ranks, nothing of smalt.parallel."""
     model = build_model(make_config(variant), seed=0, dtype=DTYPES[dtype])

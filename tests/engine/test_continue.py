@@ -158,6 +158,16 @@ def test_a_config_that_has_changed_is_said_and_options_of_a_relaunch_stay(tiny_c
     assert sorted(path.name for path in (folder / "checkpoints").iterdir())[-1] == "step-00000007"
 
 
+@pytest.mark.slow
+def test_the_end_is_saved_where_the_steps_of_an_earlier_stage_have_changed(tiny_config, tmp_path):
+    changes = {"evaluation": {}, "data.validation": {}, "checkpoint.every": 5, "checkpoint.keep": 9}
+    arguments, checkpoints = ["--folder", str(tmp_path / "run")], tmp_path / "run" / "checkpoints"
+    assert main([str(tiny_config(changes)), *arguments]) == 0
+    shutil.rmtree(checkpoints / "step-00000007")
+    assert main([*arguments, "--resume", "--stages.align.steps", "20"]) == 0
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000005", "step-00000007"]
+
+
 HOLD = """
 import sys, time
 from pathlib import Path

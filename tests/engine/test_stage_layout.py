@@ -19,7 +19,8 @@ def test_memory_of_one_stage(tiny_config, name, times):
         "stages.align.trainable": {"language": 1.0},
     }
     config = load_config(tiny_config({**changes, "data.packs_per_step": 1}))
-    stage = Stage(config, name, alone(torch.device("cpu")), open_data(config), None, None)
+    stage = Stage(config, name, alone(torch.device("cpu")), open_data(config), None, None, step=9)
+    assert stage.first_step == 9  # of the run, whatever the steps of the stages are now
     seen = []
     (part,) = stage.model.parts
     part.language.blocks["0"].attention.register_forward_hook(lambda *_: seen.append(1))

@@ -49,7 +49,7 @@ class Run:
         resume_step = self.step if self.checkpoint else None
         self.folder = world.attempt(lambda: RunFolder(launch.folder, self.config, world.is_main, resume_step, launch.lock))
         first, count = self.config.logging.trace_first, self.config.logging.trace_steps
-        self.recorder = TraceRecorder(launch.folder / TRACES, world.rank, first, count, dict(reversed(world.groups)), self.step)
+        self.recorder = TraceRecorder(launch.folder / TRACES, world.rank, first, count, dict(world.groups), self.step)
         self.writer = CheckpointWriter(launch.folder / CHECKPOINTS, self.config.checkpoint.keep, world, self._checkpoint_failed)
         self.progress = RunProgress(self.config.total_steps, self.step, world.is_main)
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from smalt.engine.checkpoints import latest_checkpoint
+from smalt.profiling.traces import read_traces
 
 FIELDS = ("loss", "grad_norm", "validation_loss/read", "loss_tokens", "documents/read", "documents/sum")
 
@@ -50,3 +51,13 @@ def test_packs_that_do_not_divide(tiny_config, tmp_path, train):
     done = train([tiny_config({"data.packs_per_step": 3}), "--folder", tmp_path / "run"], nproc=2, check=False)
     assert done.returncode != 0
     assert "data.packs_per_step = 3 is not a multiple of dp 1 x fsdp 2 = 2" in done.stderr
+
+
+@pytest.mark.slow
+def test_traces_of_a_run_name_the_axis_of_every_exchange(tiny_config, tmp_path, train):
+    changes = {"parallel.pp": 2, "model.language.num_layers": 2, "logging.trace_first": 2, "logging.trace_steps": 1, "evaluation": {}}
+    train([tiny_config(changes), "--folder", tmp_path / "run"], nproc=2)
+    axes = {(c.kind, c.axis) for trace in read_traces(tmp_path / "run" / "traces") for c in trace.collectives}
+    # Pairs have no group of their own in a trace: the run has to say whose they are.
+    assert {axis for kind, axis in axes if kind in ("send", "recv")} == {"pp"}
+    assert "unknown" not in {axis for _, axis in axes}

@@ -3,6 +3,7 @@
 This file is the recipe. Each line of it is one file of the engine.
 """
 
+import faulthandler
 import sys
 import time
 
@@ -47,4 +48,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a process that dies in native code says in which line each thread was
     sys.exit(main(sys.argv[1:]))

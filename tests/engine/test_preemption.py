@@ -72,6 +72,17 @@ def test_a_single_process_saves_and_exits_with_0_whatever_is_sent_after(tiny_con
     assert "warning: SIGTERM: saving after this step, for which there are 30 s (checkpoint.grace_seconds)" in said()
 
 
+@pytest.mark.slow
+def test_a_process_that_dies_in_native_code_says_where(tiny_config, tmp_path, start, said):
+    run = tmp_path / "run"
+    process = start([tiny_config(LONG), "--folder", run])
+    wait(process, lambda: steps(run) >= 2)
+    process.send_signal(signal.SIGSEGV)
+    assert process.wait() == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in said()
+    assert re.search(r'File ".*engine/train.py", line \d+ in train', said())
+
+
 EXITS = """
 import os, sys
 from smalt.engine.train import main

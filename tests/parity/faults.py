@@ -1,5 +1,7 @@
 """Faults that engines have had, planted one at a time, to see that the matrix finds each."""
 
+import os
+import signal
 from contextlib import contextmanager
 from dataclasses import replace
 from unittest.mock import patch
@@ -60,6 +62,10 @@ def _exchange_of_tiles_only(of_pack):
     return sharded
 
 
+def _crash(self, x=None, microbatch=None):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 @contextmanager
 def planted(name):
     """name: one of FAULTS, or None."""
@@ -80,6 +86,7 @@ FAULTS = {
     "a tied gradient not summed": lambda: patch.object(gradients, "sum_tied", lambda gradient, group: None),
     "a blank tile not connected to the loss": lambda: patch.object(ModelPart, "see_nothing", _blank_tile_apart(ModelPart.see_nothing)),
     "a parameter without a gradient": lambda: patch.object(RMSNorm, "forward", _norm_without_gradient),
+    "a crash in native code": lambda: patch.object(ModelPart, "forward", _crash),
     "a rank without a tile skips the tower": lambda: patch.object(ModelPart, "see_nothing", _nothing_is_seen),
     "a rank that sends no tile skips the exchange": lambda: patch(
         "smalt.parallel.part.all_to_all", _exchange_where(lambda receive, send: sum(send) > 0)

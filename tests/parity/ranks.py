@@ -4,6 +4,7 @@ It imports everything once and forks a child for every rank of a row: a start ta
 found out about a mesh, groups included, for the next one that looks alike.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from smalt.parallel import ParallelConfig, ParallelModel
 from smalt.parallel.mesh import World, alone, build_meshes
 
 LIMIT = 200  # seconds of a row, far beyond every timeout of a collective
+KILLED = "killed by signal"
 
 
 def run_layout(case, world):
@@ -110,11 +112,14 @@ def run_row(case):
         if file.exists():
             errors[rank] = file.read_text()
         elif status:
-            errors.setdefault(rank, f"ended with status {status}")
+            errors.setdefault(
+                rank, f"{KILLED} {-os.waitstatus_to_exitcode(status)}" if os.WIFSIGNALED(status) else "ended without a word"
+            )
     return errors
 
 
 def main():
+    faulthandler.enable()  # a rank that dies in native code says in which line
     torch.set_num_threads(1)
     for line in sys.stdin:
         case = json.loads(line)

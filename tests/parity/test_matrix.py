@@ -182,3 +182,10 @@ def test_planted_fault_is_found(fault, size, parallel, variant, seen, workers, r
     errors = errors_by_name(got["gradients"], want["gradients"], error)
     wrong = {name for name, value in errors.items() if not value <= EXACT}
     seen(got, want, wrong, loss_is_wrong=not relative(got["loss"][:1], want["loss"][:1]) <= EXACT)
+
+
+def test_a_rank_that_dies_in_native_code_says_where(workers, row_failed):
+    with pytest.warns(UserWarning, match="the row is run once more"), pytest.raises(row_failed, match="killed by signal 11") as failed:
+        workers.run(2, {"tp": 2}, fault="a crash in native code")
+    assert "Segmentation fault" in str(failed.value)
+    assert "in _crash" in str(failed.value)

@@ -1,15 +1,17 @@
 """The benchmark is fair: one model, one set of documents, one loss on both sides; and its sums add up."""
 
+import importlib.util
+
 import numpy as np
 import pytest
-
-pytest.importorskip("transformers")
 
 from smalt.kernels import IGNORE
 from smalt.model import Document, LanguageConfig, ModelConfig, VisionConfig
 from smalt.profiling import bench_cpu as module
 from smalt.profiling.bench_cpu import CONTESTANTS, Contestant, bench_cpu, make_batches, print_report
 
+# Not importorskip: whoever collects these tests would import all of it.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers (the extra bench)")
 IMAGE = 7
 CONFIG = ModelConfig(
     vision=VisionConfig(num_layers=2, width=16, num_heads=2, ffn=24, patch=2, tile=8),

@@ -48,8 +48,11 @@ def build_optimizer(model: MultimodalModel | ParallelModel, stage: StageConfig, 
             return torch.optim.AdamW(groups, stage.learning_rate, config.betas, config.eps, fused=True)
         dtype = STATE_DTYPES[config.state_dtype]
         optimizer = AdamW(groups, stage.learning_rate, config.betas, config.eps, state_dtype=dtype)
-        # Rounding then depends on where an element is in its parameter, not in its shard.
+        # Rounding then depends on where an element is in the whole model, not in its shard or its pipeline stage: two of these have
+        # copies of a tied weight, which must stay alike.
+        numbers = _numbers(model)
         optimizer.first_index = lambda p: first_index(origin(p))
+        optimizer.number = lambda p: numbers[origin(p)]
         return optimizer
 
     if config.offload == "cpu":
@@ -72,6 +75,13 @@ def parameter_groups(model: MultimodalModel | ParallelModel, stage: StageConfig,
             empty = {"params": [], "weight_decay": decay, "multiplier": multiplier, "muon": muon}
             groups.setdefault((multiplier, decay, muon, mesh), empty)["params"].append(p)
     return list(groups.values()) or [{"params": [], "weight_decay": 0.0, "multiplier": 1.0, "muon": False}]
+
+
+def _numbers(model: MultimodalModel | ParallelModel) -> dict[Tensor, int]:
+    """The number of each parameter in the whole model, of which a pipeline stage holds a part."""
+    with torch.device("meta"):
+        numbers = {name: i for i, (name, _) in enumerate(MultimodalModel(model.config).named_parameters())}
+    return {p: numbers[name] for name, p in model.named_parameters()}
 
 
 def _multiplier(name: str, stage: StageConfig, num_layers: int) -> float:

@@ -67,15 +67,15 @@ class Stage:
         name: str,
         world: World,
         data: RunData,
-        weights: Mapping[str, Tensor] | None,
+        before: ParallelModel | None,
         checkpoint: Checkpoint | None,
         step: int = 0,
     ):
-        """step: of the run, as far as it is done."""
+        """before: the model of the stage before, whose weights this one begins with; step: of the run, as far as it is done."""
         self.run_config, self.config, self.name = config, config.stages[name], name
         self.world = world = replace(world, parallel=config.parallel_of(name).sized(world.size))
         torch.manual_seed(config.seed)
-        self.model, self.optimizer = self._build(data, weights)
+        self.model, self.optimizer = self._build(data, before)
         self.done, self.loader_state = 0, PackerState()
         if checkpoint is not None:
             self.done, self.loader_state = checkpoint.state["stage_step"], PackerState(**checkpoint.state["loader"])
@@ -88,7 +88,7 @@ class Stage:
         self.validation = ValidationSet(data.validation, data.encoder, limit, length, config.model, world)
         self.loader = self._loader(data)
 
-    def _build(self, data: RunData, weights: Mapping[str, Tensor] | None) -> tuple[ParallelModel, torch.optim.Optimizer]:
+    def _build(self, data: RunData, before: ParallelModel | None) -> tuple[ParallelModel, torch.optim.Optimizer]:
         """A fresh model for each stage: FSDP and ZeRO fix what is trainable when they wrap."""
         config, world = self.run_config, self.world
         dtype, autocast = PARAMETER_DTYPES[config.dtype], config.dtype == "bfloat16"
@@ -98,14 +98,14 @@ class Stage:
                 zero = DeepSpeedModel(*common, autocast=autocast)
             except ValueError as error:
                 raise UserError(str(error)) from error
-            if weights is not None:
-                zero.copy_weights(weights)
+            if before is not None:
+                zero.copy_weights(before)
             groups = parameter_groups(zero.skeleton, self.config, config.optimizer)
             return zero, zero.start(groups, self.config.learning_rate, config.optimizer.betas, config.optimizer.eps)
         work = typical_work(config, self.name, data) if world.parallel.pp > 1 else None
         model = ParallelModel(*common, work, autocast)
-        if weights is not None:
-            model.copy_weights(weights)
+        if before is not None:
+            model.copy_weights(before)
         return model, build_optimizer(model, self.config, config.optimizer)
 
     def roll_back(self, checkpoint: Checkpoint) -> None:

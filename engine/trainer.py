@@ -69,11 +69,10 @@ class Run:
         if started not in names:
             raise UserError(f"the checkpoint is of stage {started!r}; the config has {', '.join(names)}")
         for name in names[names.index(started) :]:
-            weights = dict(self.model.named_parameters()) if self.model is not None else None
             checkpoint = self.checkpoint if name == started else None
             with self.watchdog.pause(f"building stage {name}"):
-                stage = Stage(self.config, name, self.world, self.data, weights, checkpoint, self.step)
-            self.model, weights = stage.model, None  # the last stage's weights are given up
+                stage = Stage(self.config, name, self.world, self.data, self.model, checkpoint, self.step)
+            self.model = stage.model  # the last stage's weights are given up
             self.watchdog.beat(self.step, FIRST_STEP)
             try:
                 yield stage

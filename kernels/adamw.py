@@ -268,11 +268,13 @@ class AdamW(torch.optim.Optimizer):
     The state of ``torch.optim.AdamW`` can be loaded: options that a loaded group does not name stay as they were.
 
     Parameters may be DTensors: each rank updates its own shard. ``first_index``, where set, is a function that gives the index of a
-    shard's first element in the whole parameter (shards along dim 0), and makes the rounding the same for every number of ranks.
+    shard's first element in the whole parameter (shards along dim 0), and makes the rounding the same for every number of ranks;
+    ``number``, where set, gives a parameter's number, for ranks that do not hold the same parameters: it is its place here otherwise.
     Deterministic; on a GPU nothing waits for the host, nor the host for the GPU. Raises ValueError for values that make no sense.
     """
 
     first_index: Callable[[Tensor], int] | None = None
+    number: Callable[[Tensor], int] | None = None
 
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -299,7 +301,7 @@ class AdamW(torch.optim.Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "first_index": self.first_index}
+        return {**super().__getstate__(), "first_index": self.first_index, "number": self.number}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups", [])  # [] in a copy, or from a pickle: there the groups are our own
@@ -340,15 +342,15 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        number = 0
+        place = 0
         for i, group in enumerate(self.param_groups):
             launches: dict[Any, list[Member]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    member, step = self._member(p, group, number)
+                    member, step = self._member(p, group, place if self.number is None else self.number(p))
                     dtypes = member.weight.dtype, member.gradient.dtype, member.exp_avg.dtype, member.master is not None
                     launches.setdefault((step, _implementation(member), *dtypes, member.weight.device), []).append(member)
-                number += 1
+                place += 1
             for j, ((step, implementation, *_), members) in enumerate(launches.items()):
                 h = Hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["seed"], step)
                 if implementation == "triton":

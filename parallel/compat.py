@@ -149,6 +149,16 @@ def set_unshard_async(model: torch.nn.Module, on: bool) -> None:
         model._set_unshard_async_op(on)
 
 
+def widen_gradients(model: torch.nn.Module) -> None:
+    """Add the gradients that a backward pass has left with FSDP2's gathered weights, in the weights' narrow dtype, to its wide sums
+    (``FSDPParam.accumulate_unsharded_grad_if_needed``, ``to_accumulated_grad_if_needed``)."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+            for parameter in group.fsdp_params:
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
+
+
 def record_collectives() -> None:
     """Ask torch to record collectives; call before the process group is made. A size that the user set stays."""
     # TORCH_FR_BUFFER_SIZE, entries of the flight recorder, has had different defaults; 0 turns it off.

@@ -206,10 +206,11 @@ class DeepSpeedModel(ParallelModel):
         if self.disk:
             self.disk.cleanup()
 
-    def copy_weights(self, other: Mapping[str, Tensor]) -> None:
+    def copy_weights(self, other: ParallelModel) -> None:
         """Take the weights of a model on the same layout."""
+        theirs = dict(other.named_parameters())
         for name, p in self.named_parameters():
-            self._write(p, self._whole(other[name]))
+            self._write(p, self._whole(theirs[name]))
 
     def full_state(self) -> dict[str, Tensor]:
         """Every parameter of the model, whole, on each rank. Every rank of the world calls it."""

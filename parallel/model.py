@@ -174,11 +174,31 @@ class ParallelModel:
         gradients.clip(list(self.gradients().values()), norm, max_norm)
         return norm
 
-    def copy_weights(self, other: Mapping[str, Tensor]) -> None:
-        """Take the weights of a model on the same layout."""
-        with torch.no_grad():
-            for name, p in self.named_parameters():
-                local_part(p).copy_(local_part(other[name]))
+    @torch.no_grad()
+    def copy_weights(self, other: ParallelModel) -> None:
+        """Take the weights of a model on the same layout, whose pipeline may be cut elsewhere. Every rank of the world calls it."""
+        theirs = {name: local_part(p) for name, p in other.named_parameters()}
+        mine = {name: local_part(p) for name, p in self.named_parameters()}
+        for name in mine.keys() & theirs.keys():
+            mine[name].copy_(theirs[name])
+        # Blocks that another pipeline stage has now, one after the other, in one order on all ranks. What is a rank's share of a block
+        # depends on the other axes alone, so that it goes to the same place of the other stage.
+        for block in (f"language.blocks.{i}." for i in range(self.config.language.num_layers)):
+            sender, receiver = other._holder(block), self._holder(block)
+            if sender != receiver:
+                self._hand_over(block, theirs, sender, mine, receiver)
+
+    def _hand_over(self, block: str, theirs: Mapping[str, Tensor], sender: int, mine: Mapping[str, Tensor], receiver: int) -> None:
+        assert self.world.meshes is not None
+        group, place = self.world.meshes.pp.get_group(), self.world.coordinates["pp"]
+        if place == sender:
+            for tensor in (tensor for name, tensor in theirs.items() if name.startswith(block)):
+                dist.send(tensor.contiguous(), group=group, group_dst=receiver)
+        elif place == receiver:
+            for tensor in (tensor for name, tensor in mine.items() if name.startswith(block)):
+                arrived = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                dist.recv(arrived, group=group, group_src=sender)
+                tensor.copy_(arrived)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors of a checkpoint that were loaded: here they are weights and state themselves, and nothing is left to do.
@@ -199,8 +219,11 @@ class ParallelModel:
         with torch.device("meta"):
             whole = MultimodalModel(self.config)
         for name, p in whole.named_parameters():
-            tensor = mine[name].contiguous() if name in mine else torch.empty(p.shape, dtype=self.dtype, device=self.world.device)
-            dist.broadcast(tensor, group=group, group_src=self._holder(name))
+            holder = self._holder(name)
+            # Only the holder's own: of a tied weight the last stage has a copy, which is not to be written into.
+            own = self.world.coordinates["pp"] == holder
+            tensor = mine[name].contiguous() if own else torch.empty(p.shape, dtype=self.dtype, device=self.world.device)
+            dist.broadcast(tensor, group=group, group_src=holder)
             state[name] = tensor
         return state
 

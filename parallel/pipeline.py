@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
 
+from .compat import widen_gradients
 from .mesh import World
 from .part import ModelPart
 
@@ -17,6 +18,15 @@ SCHEDULES: dict[str, Any] = {
     "interleaved": ScheduleInterleaved1F1B,
     "zero_bubble": ScheduleInterleavedZeroBubble,
 }
+
+
+class _Stage(PipelineStage):
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """As in torch. FSDP widens gradients after a backward pass through inputs alone, and several of weights may come before the
+        next: with bfloat16 they would be summed in that."""
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        if not last_backward:  # the last one's are on their way to be reduced
+            widen_gradients(self.submod)
 
 
 class Pipeline:
@@ -40,9 +50,7 @@ class Pipeline:
             index = number * parallel.pp + world.coordinates["pp"]
             inputs = torch.empty(1, dtype=torch.int64, device="meta") if part.is_first else hidden
             outputs = nll if part.is_last else hidden
-            stages.append(
-                PipelineStage(part, index, parallel.num_stages, world.device, input_args=inputs, output_args=outputs, group=group)
-            )
+            stages.append(_Stage(part, index, parallel.num_stages, world.device, input_args=inputs, output_args=outputs, group=group))
         schedule = SCHEDULES[parallel.schedule]
         # The loss is divided by its denominator already; torch would divide the gradients by the number of microbatches too.
         self.schedule = schedule(

@@ -21,6 +21,7 @@ def test_names_exist():
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
     from torch.distributed import _symmetric_memory as symmetric_memory
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
     assert isinstance(functorch.activation_memory_budget, float)
     assert isinstance(functorch.donated_buffer, bool)
@@ -31,6 +32,9 @@ def test_names_exist():
     assert all(map(callable, (operators.all_gather_into_tensor, operators.reduce_scatter_tensor, operators.wait_tensor)))
     assert callable(torch.distributed.distributed_c10d._set_pg_timeout)
     assert callable(FSDPModule._set_unshard_async_op)
+    assert callable(FSDPModule._get_fsdp_state)
+    assert callable(FSDPParam.accumulate_unsharded_grad_if_needed)
+    assert callable(FSDPParam.to_accumulated_grad_if_needed)
     # Both return what torch's recorder has, where they are: a recorder that went would leave the watchdog blind, and it would not say.
     c10d = torch._C._distributed_c10d
     assert callable(getattr(c10d, "_dump_fr_trace", None) or getattr(c10d, "_dump_nccl_trace", None))

@@ -19,6 +19,7 @@ class Workers:
     A row of which a rank was killed in native code is run once more, with a warning.
 
     record(...) has them train on given packs and gives what each rank launched, and what went wrong, by rank.
+    border(...) has them go from one stage of a run to the next and gives what rank 0 found.
     """
 
     def __init__(self, folder):
@@ -30,8 +31,14 @@ class Workers:
         )
 
     def run(self, num_processes, parallel, variant="", trainable="all", dtype="float64", fault=None, timeout=60):
+        return self._result(num_processes, parallel, variant, fault, timeout, trainable=trainable, dtype=dtype)
+
+    def border(self, num_processes, parallel):
+        return self._result(num_processes, parallel, "", None, 60, border=True)
+
+    def _result(self, num_processes, parallel, *common, **special):
         for again in (False, True):
-            case = self._case(num_processes, parallel, variant, fault, timeout) | {"trainable": trainable, "dtype": dtype}
+            case = self._case(num_processes, parallel, *common) | special
             said = (self.folder / "stderr").stat().st_size
             errors = self._ask(case)
             if not errors:

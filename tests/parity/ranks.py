@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import borders
 import faults
 import recording
 import torch
@@ -69,6 +70,8 @@ def run_case(case, rank):
         world = World(rank, size, torch.device("cpu"), parallel, build_meshes(parallel, "cpu", timeout))
         # Weights and keys on their way would wait for each other in one group.
         assert len({group.group_name for _, group in world.groups}) == len(world.groups)
+        if case.get("border"):
+            return borders.run(world)
         with faults.planted(case["fault"]):
             return recording.run_steps(case, world) if "steps" in case else run_layout(case, world)
     finally:

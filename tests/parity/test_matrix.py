@@ -7,6 +7,7 @@ of their kind, for some true gradients are zero.
 import math
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -135,6 +136,13 @@ def test_first_step_in_bfloat16(row, workers, reference, error):
     # A unit of bf16 is 2^-8; a tied weight has the sum of two gradients, each rounded, or rounded together.
     limit = 2**-7 if same_products else 0.1
     assert largest_error(got["gradients"], want["gradients"], error, floor=1.0)[1] < limit
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zero_bubble"])
+def test_gradients_in_bfloat16_are_summed_wide_whatever_the_schedule(schedule, workers):
+    first, other = (workers.run(2, {"pp": 2, "schedule": s}, "untied", dtype="bfloat16")["gradients"] for s in ("1f1b", schedule))
+    assert first.keys() == other.keys()
+    assert [name for name, gradient in first.items() if not torch.equal(other[name], gradient)] == []
 
 
 def scaled(factor):

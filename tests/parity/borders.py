@@ -1,0 +1,50 @@
+"""The border between two stages of a run whose pipelines are cut at different blocks."""
+
+import torch
+import torch.distributed as dist
+import workload
+
+from smalt.engine.config import OptimizerConfig, StageConfig
+from smalt.engine.optimizers import build_optimizer
+from smalt.model.cost import Workload
+from smalt.parallel import ParallelModel
+from smalt.parallel.layout import local_part
+
+TIED = "language.embedding.weight"
+STAGE = StageConfig(
+    steps=3, sequence_length=workload.LENGTH, mixture={}, trainable=dict.fromkeys(workload.ALL, 1.0), learning_rate=1e-2
+)  # fmt: skip
+# Many tiles, which leave the stage with the vision tower few blocks, and none.
+WORK = [Workload(workload.LENGTH, workload.LENGTH, 200), Workload(workload.LENGTH, workload.LENGTH, 0)]
+
+
+def run(world):
+    """blocks: of both models' pipeline stages; trained, taken_over: weights of the first after three steps, and of the second; tied:
+    this rank's part of the tied weight, of every rank; changed: weights that gathering them has written into, on any rank."""
+    config = workload.make_config("")
+    first, second = (
+        ParallelModel(config, world, seed, torch.float32, workload.ALL, workload.LENGTH, work) for seed, work in enumerate(WORK)
+    )
+    optimizer = build_optimizer(first, STAGE, OptimizerConfig(kind="smalt_adamw", state_dtype="bfloat16"))
+    for packs in workload.make_steps("", torch.float32):
+        total = workload.denominator(packs)
+        first.accumulate(
+            packs[world.replica :: world.num_replicas], lambda nll, shard, total=total: workload.pack_loss(nll, shard) / total
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    mine = dict(first.named_parameters())
+    tied = local_part(mine[TIED]).detach().clone() if TIED in mine else None
+    if not first.parts[0].is_first and tied is not None:
+        local_part(mine[TIED]).data.mul_(2)  # a copy that is like the first would hide that it was written into
+    own = {name: local_part(p).detach().clone() for name, p in mine.items()}
+    trained = first.full_state()
+    changed = [name for name, p in mine.items() if not torch.equal(local_part(p), own[name])]
+    second.copy_weights(first)
+    found = [None] * world.size
+    dist.all_gather_object(found, (tied, changed))
+    return {
+        "blocks": [[list(blocks) for blocks in model.blocks] for model in (first, second)],
+        "trained": trained, "taken_over": second.full_state(),
+        "tied": [tied for tied, _ in found], "changed": sorted({name for _, names in found for name in names}),
+    }  # fmt: skip

@@ -41,7 +41,7 @@ from .tensor_files import SUFFIX, FileRecord, checksum, sync_folder, write_file
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 STATE, CHECKSUMS = "state.json", "checksums.json"
-PARTIAL, DAMAGED = ".partial", ".damaged"
+PARTIAL, DAMAGED, DIVERGED = ".partial", ".damaged", ".diverged"
 # In state.json. Version 0.2.1 wrote neither it nor checksums.
 FORMAT = 2
 
@@ -115,6 +115,12 @@ class CheckpointWriter:
         if error is not None:
             cause = _root_cause(error)
             self.on_error(f"checkpoint of step {step} could not be written to {self.folder}: {cause}; {self._last_good()}")
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, while no save is in progress: the run has gone back before them."""
+        if self.world.is_main:
+            for path in (path for path in _committed(self.folder) if _step(path) > step):
+                self._remove(path)
 
     def _last_good(self) -> str:
         try:
@@ -242,6 +248,15 @@ def checkpoint_before(folder: Path, step: int) -> Checkpoint | None:
     return None
 
 
+def distrust_from(folder: Path, step: int) -> str:
+    """Set aside the checkpoints of that step and later ones, from which a run has diverged; returns what was done and what is left,
+    for people. For one process of a run."""
+    found = _committed(folder)
+    done = [f"{path} is {_set_aside(path, DIVERGED)}" for path in found if _step(path) >= step]
+    left = [path for path in found if _step(path) < step]
+    return "; ".join([*done, f"--resume goes on from {left[-1].name}" if left else "no checkpoint from before is left: begin anew"])
+
+
 def check_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Raise UserError, naming every difference, when the checkpoint is of another architecture."""
     saved, wanted = flat(checkpoint.state["model"], "model."), flat(config.model_dump(), "model.")
@@ -337,9 +352,9 @@ def _unreadable(path: Path, error: OSError) -> UserError:
     )
 
 
-def _set_aside(path: Path) -> str:
-    """Rename a damaged checkpoint so that nothing takes it for one; returns what was done, for people."""
-    names = [path.name + DAMAGED, *(f"{path.name}{DAMAGED}-{number}" for number in range(2, 1000))]
+def _set_aside(path: Path, suffix: str = DAMAGED) -> str:
+    """Rename a checkpoint so that nothing goes on from it; returns what was done, for people."""
+    names = [path.name + suffix, *(f"{path.name}{suffix}-{number}" for number in range(2, 1000))]
     try:
         target = next(target for target in map(path.with_name, names) if not target.exists())
         path.rename(target)

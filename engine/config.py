@@ -220,17 +220,24 @@ class RunConfig(Section):
             except ValidationError as error:
                 found = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
                 raise ValueError(f"stages.{name} with the section parallel: {found}") from error
-        reach = self.checkpoint.keep * self.checkpoint.every
-        if self.spikes.enabled and reach <= self.spikes.rollback_steps:
-            raise ValueError(
-                f"spikes.rollback_steps = {self.spikes.rollback_steps} goes beyond the oldest checkpoint: checkpoint.keep "
-                f"{self.checkpoint.keep} x every {self.checkpoint.every} = {reach} steps"
-            )
+        if self.spikes.enabled:
+            self._check_rollback()
         if unknown := set(self.evaluation.budget_tasks) - set(self.evaluation.sources):
             raise ValueError(f"evaluation.budget_tasks names {', '.join(sorted(unknown))}, which evaluation.sources lacks")
         if self.parallel.runtime == "deepspeed":
             self._check_deepspeed()
         return self
+
+    def _check_rollback(self) -> None:
+        """The oldest checkpoint may be as young as (keep - 1) x every + 1 steps when a rollback is decided, and the first of the steps
+        that led to it as old as raised or skips less one."""
+        spikes, keep, every = self.spikes, self.checkpoint.keep, self.checkpoint.every
+        needed = spikes.rollback_steps + max(spikes.raised, spikes.skips) - 2
+        if needed > (keep - 1) * every:
+            raise ValueError(
+                f"checkpoint.keep = {keep} with checkpoint.every = {every} is too few for spikes.rollback_steps = "
+                f"{spikes.rollback_steps} before spikes.raised = {spikes.raised} steps: keep {1 - -needed // every}"
+            )
 
     def _check_deepspeed(self) -> None:
         if self.optimizer.kind != "adamw":

@@ -93,7 +93,8 @@ class SpikeRule:
     def _verdict(self, step: int, spike: bool, loss_sigmas: float, norm_sigmas: float) -> Verdict:
         config = self.config
         what = (
-            f"loss {loss_sigmas:.1f}, gradient norm {norm_sigmas:.1f} robust standard deviations above the last {config.window} steps"
+            f"loss {loss_sigmas:.1f} and gradient norm {norm_sigmas:.1f} robust standard deviations above the last {config.window} "
+            f"steps, of which {config.sigmas:g} are a spike"
         )
         if self.skipped >= config.skips:
             why, first = f"{self.skipped} spikes in a row", step - self.skipped + 1

@@ -12,7 +12,7 @@ from smalt.model import ModelConfig, MultimodalModel, build_model, count_paramet
 from smalt.parallel import FIRST_STEP, ParallelModel, Watchdog, World
 from smalt.profiling.record import TraceRecorder
 
-from .checkpoints import CheckpointWriter, checkpoint_before
+from .checkpoints import CheckpointWriter, checkpoint_before, distrust_from
 from .config import RunConfig
 from .data.chat import ChatEncoder, ImageShape
 from .data.images import ImageLimits
@@ -44,7 +44,8 @@ class Run:
         self.data = open_data(self.config)
         self.step = self.checkpoint.step if self.checkpoint else 0
         self.counters: Counter[str] = Counter(self.checkpoint.state["counters"] if self.checkpoint else {})
-        self.bad_steps, self.last_save = 0, False
+        self.bad_steps: int = self.checkpoint.state.get("bad_steps", 0) if self.checkpoint else 0
+        self.last_save = False
         self.model: ParallelModel | None = None
         resume_step = self.step if self.checkpoint else None
         self.folder = world.attempt(lambda: RunFolder(launch.folder, self.config, world.is_main, resume_step, launch.lock))
@@ -105,14 +106,18 @@ class Run:
         self.writer.poll()
         # Before the save: what goes on from it must not judge this step again, nor have the weights that were given up.
         self._answer_spike(stage, batch, result)
-        if _due(self.step, config.checkpoint.every) or last or stop:
-            self.folder.sync()
-            state = {"model": config.model.model_dump(), "counters": dict(self.counters), **stage.state()}
-            with self.watchdog.pause("a checkpoint"):
-                self.writer.save(self.step, stage.tensors(), state)
-        self._stop_if_diverged()
+        # Weights from which steps are not finite must not take the place of those before, unless all else would be lost.
+        if stop or (not self.bad_steps and (last or _due(self.step, config.checkpoint.every))):
+            self._save(stage)
+        self._stop_if_diverged(last)
         self.watchdog.beat(self.step)
         return stop
+
+    def _save(self, stage: Stage) -> None:
+        self.folder.sync()
+        of_run = {"model": self.config.model.model_dump(), "counters": dict(self.counters), "bad_steps": self.bad_steps}
+        with self.watchdog.pause("a checkpoint"):
+            self.writer.save(self.step, stage.tensors(), {**of_run, **stage.state()})
 
     def stop(self) -> None:
         """End a run that was asked to, when its checkpoint is whole. Raises UserError when that cannot be written."""
@@ -143,13 +148,20 @@ class Run:
             self.counters[f"steps skipped: {result.skipped}"] += 1
             self.progress.say(f"step {self.step} skipped: {result.skipped} (loss {result.loss}, gradient norm {result.grad_norm})")
 
-    def _stop_if_diverged(self) -> None:
-        if self.bad_steps >= self.config.optimizer.max_bad_steps:
+    def _stop_if_diverged(self, last: bool) -> None:
+        if not self.bad_steps or not (last or self.bad_steps >= self.config.optimizer.max_bad_steps):
+            return
+        self._wait_for_save()
+        # The weights were already what they are after the step before, whose own loss was that of the weights it had.
+        left = self.world.agree(lambda: distrust_from(self.folder.path / CHECKPOINTS, self.step - self.bad_steps))
+        raise UserError(
+            f"the loss or its gradient was not finite in {self.bad_steps} steps in a row, up to step {self.step}; lower learning_rate "
+            f"or raise warmup_steps of the stage; {left}"
+        )
+
+    def _wait_for_save(self) -> None:
+        with self.watchdog.pause("a checkpoint"):
             self.writer.wait()
-            raise UserError(
-                f"the loss or its gradient was not finite in {self.bad_steps} steps in a row, up to step {self.step}; lower "
-                "learning_rate or raise warmup_steps of the stage, then --resume from the last checkpoint"
-            )
 
     def _answer_spike(self, stage: Stage, batch: StepBatch, result: StepResult) -> None:
         """Write down whose samples a spike had; go back to a checkpoint, or stop, where the rule says so. The data goes on."""
@@ -159,8 +171,11 @@ class Run:
         if self.world.is_main:
             write_spike(self.folder.path, self.step, verdict, result.loss, result.grad_norm, batch.samples)
         if verdict.action == "stop":
-            self.writer.wait()
-            raise UserError(f"step {self.step}: {verdict.reason}; the samples are in {self.folder.path / SPIKES}")
+            self._wait_for_save()
+            raise UserError(
+                f"step {self.step}: {verdict.reason}; the samples are in {self.folder.path / SPIKES}; before --resume lower "
+                "learning_rate of the stage, or raise spikes.sigmas or spikes.max_rollbacks"
+            )
         if verdict.action == "rollback":
             with self.watchdog.pause("a rollback"):
                 self._roll_back(stage, verdict)
@@ -173,6 +188,8 @@ class Run:
             self.progress.say(f"step {self.step}: {verdict.reason}; there is no checkpoint of this stage to go back to, going on")
             return
         stage.roll_back(checkpoint)
+        # Their weights are given up too: a later rollback must not take them, nor must they take the place of those before them.
+        self.writer.remove_after(checkpoint.step)
         self.counters["rollbacks"] += 1
         self.progress.say(f"step {self.step}: {verdict.reason}; the weights go back to those of step {checkpoint.step}")
 

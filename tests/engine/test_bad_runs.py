@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -15,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from smalt.engine import checkpoints
+from smalt.engine import checkpoints, launch
 from smalt.engine.config import load_config
 from smalt.engine.data.packing import PackerState
 from smalt.engine.stage import Stage
 from smalt.engine.train import main
 from smalt.engine.trainer import open_data
-from smalt.parallel import alone
+from smalt.parallel import Watchdog, alone
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -175,6 +176,62 @@ def test_a_diverging_run_stops_and_says_what_to_do(tiny_config, run, lines):
     assert [m.get("steps skipped: non-finite", 0) for m in lines("metrics.jsonl")] == [0, 1, 2, 3]
     assert [(s["step"], s["action"], bool(s["samples"])) for s in lines("spikes.jsonl")] == [(n, "skip", True) for n in (2, 3, 4)]
     assert lines("metrics.jsonl")[-1]["loss"] is None
+
+
+@pytest.mark.slow
+def test_a_run_that_diverged_goes_on_from_before(tiny_config, run, lines, tmp_path):
+    config = tiny_config({**ONE_STAGE, "checkpoint.every": 1, "checkpoint.keep": 3, "optimizer.max_bad_steps": 3})
+    assert run(config, "--stages.sft.steps", "3", "--stages.sft.schedule", "constant")[0] == 0
+    code, said = run(config, "--resume", "--stages.sft.steps", "20", "--stages.sft.learning-rate", "1e30")
+    # The weights of step 4, whose loss was good, are those from which it diverged; what came after was not saved over the others.
+    assert code == 1
+    assert "not finite in 3 steps in a row, up to step 7" in said
+    assert "step-00000004 is set aside as step-00000004.diverged; --resume goes on from step-00000003" in said
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["step-00000002", "step-00000003", "step-00000004.diverged"]
+    assert run(config, "--resume", "--stages.sft.steps", "6", "--stages.sft.learning-rate", "1e-3")[0] == 0
+    assert all(line["loss"] is not None for line in lines("metrics.jsonl"))
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_in_steps_that_are_not_finite_fails(tiny_config, run, tmp_path):
+    arguments = "--stages.sft.learning-rate 1e30 --stages.sft.warmup-steps 0 --stages.sft.steps 3 --optimizer.max-bad-steps 9"
+    code, said = run(tiny_config({**ONE_STAGE, "checkpoint.every": 1}), *arguments.split())
+    assert code == 1
+    assert "not finite in 2 steps in a row, up to step 3" in said
+    assert "no checkpoint from before is left: begin anew" in said
+
+
+@pytest.mark.slow
+def test_steps_that_are_not_finite_are_counted_over_a_stop(tiny_config, run, monkeypatch, lines):
+    arguments = "--stages.sft.learning-rate 1e30 --stages.sft.warmup-steps 0 --stages.sft.steps 20 --optimizer.max-bad-steps 4"
+    train_step = Stage.train_step
+    # As where SIGTERM comes in the third step.
+    monkeypatch.setattr(Stage, "train_step", lambda self, batch, asked: train_step(self, batch, asked or self.done == 2))
+    assert run(tiny_config({**ONE_STAGE, "checkpoint.every": 100}), *arguments.split())[0] == 0
+    monkeypatch.undo()
+    assert "not finite in 4 steps in a row, up to step 5" in run(tiny_config(ONE_STAGE), "--resume")[1]
+
+
+def test_a_run_that_stops_itself_waits_for_its_save_under_a_pause(tiny_config, run, monkeypatch):
+    whole, pauses = checkpoints.save_snapshot, []
+    watchdogs = []
+
+    class Watched(Watchdog):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            watchdogs.append(self)
+
+    def slow(*arguments):
+        time.sleep(1)
+        pauses.append(list(watchdogs[0]._pauses))
+        whole(*arguments)
+
+    monkeypatch.setattr(launch, "Watchdog", Watched)
+    monkeypatch.setattr(checkpoints, "save_snapshot", slow)
+    arguments = "--stages.sft.learning-rate 1e30 --stages.sft.warmup-steps 0 --stages.sft.steps 20 --optimizer.max-bad-steps 1"
+    assert run(tiny_config({**ONE_STAGE, "checkpoint.every": 1}), *arguments.split())[0] == 1
+    assert pauses == [["a checkpoint"]]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalt.engine.config import SpikesConfig, load_config, parse_config
+from smalt.engine.config import SpikesConfig, parse_config
 from smalt.engine.data.stream import SampleId
 from smalt.engine.errors import UserError
 from smalt.engine.run_folder import RunFolder, read_config
@@ -222,7 +223,7 @@ def test_wrong_values_are_refused(field):
 STRICT = {
     "spikes.enabled": True, "spikes.window": 16, "spikes.sigmas": 0.05, "spikes.skips": 2, "spikes.rollback_steps": 2,
     "checkpoint.every": 3,
-    "spikes.max_rollbacks": 2, "checkpoint.keep": 20, "stages.align.steps": 2, "stages.sft.steps": 60, "evaluation.sources": {},
+    "spikes.max_rollbacks": 2, "checkpoint.keep": 30, "stages.align.steps": 2, "stages.sft.steps": 60, "evaluation.sources": {},
     "evaluation.budget_tasks": [],
 }  # fmt: skip
 
@@ -241,13 +242,20 @@ def test_a_run_skips_goes_back_and_stops(nproc, tiny_config, tmp_path, train):
     done = train([tiny_config(STRICT), "--folder", folder], nproc=nproc, check=False)
     assert done.returncode != 0
     assert "after 2 rollbacks" in done.stderr
+    assert "before --resume lower learning_rate of the stage, or raise spikes.sigmas or spikes.max_rollbacks" in done.stderr
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     spikes = [json.loads(line) for line in (folder / "spikes.jsonl").read_text().splitlines()]
     assert [s["action"] for s in spikes].count("rollback") == 2
     assert spikes[-1]["action"] == "stop"
     assert metrics[-1]["rollbacks"] == 2
     assert metrics[-1]["steps skipped: spike"] == len(spikes)
-    assert "the weights go back to those of step" in done.stdout
+    # What was saved between a checkpoint and the step that went back to it is given up, and nothing else.
+    back = [int(step) for step in re.findall(r"the weights go back to those of step (\d+)", done.stdout)]
+    ranges = [(low, s["step"]) for low, s in zip(back, (s for s in spikes if s["action"] == "rollback"), strict=True)]
+    saved = {step for step in range(1, len(metrics) + 1) if step % 3 == 0}
+    given_up = {step for step in saved if any(low < step < high for low, high in ranges)}
+    assert given_up
+    assert {int(path.name[5:]) for path in (folder / "checkpoints").iterdir()} == saved - given_up - {len(metrics)}
     read = stream_of(folder)
     for spike in spikes:
         assert spike["loss"] == metrics[spike["step"] - 1]["loss"]
@@ -280,6 +288,32 @@ def without_speed(path):
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
 
-def test_rollback_beyond_the_oldest_checkpoint(tiny_config):
-    with pytest.raises(UserError, match=r"checkpoint.keep 2 x every 2 = 4 steps"):
-        load_config(tiny_config({"spikes.enabled": True}))
+def refused(every, keep, **spikes):
+    """What is wrong with a run that keeps so many checkpoints; empty where nothing is."""
+    stage = {"steps": 1, "sequence_length": 8, "mixture": {"a": 1.0}, "trainable": {"language": 1.0}, "learning_rate": 1.0}
+    values = {
+        "data": {"tokenizer": "a", "sources": {"a": "a"}}, "stages": {"sft": stage},
+        "spikes": {"enabled": True, **spikes}, "checkpoint": {"every": every, "keep": keep},
+    }  # fmt: skip
+    try:
+        parse_config(values, "config")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(0, 60), st.integers(2, 50), st.integers(1, 60))
+def test_a_run_keeps_as_many_checkpoints_as_a_rollback_can_need(every, rollback_steps, raised, skips):
+    def reached(keep, step):
+        """Whether a rollback that is decided in a step, before its own save, finds a checkpoint."""
+        oldest = list(range(every, step, every))[-keep:][0]
+        return oldest <= step - max(raised, skips) + 1 - rollback_steps
+
+    rule = {"rollback_steps": rollback_steps, "raised": raised, "skips": skips}
+    least = next(keep for keep in range(1, 200) if not refused(every, keep, **rule))
+    for keep in (least - 1, least):
+        if keep:
+            assert all(reached(keep, step) for step in range(5000, 5000 + every)) == (keep == least)
+    if least > 1:
+        assert refused(every, 1, **rule).endswith(f"spikes.raised = {raised} steps: keep {least}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from json import dumps
 from pathlib import Path
@@ -48,10 +49,15 @@ def generate(
     """
     from smalt.model.generate import Sampling
 
-    from .inference import load_run, respond
+    from .inference import load_run, make_question, respond
 
+    _at_least(0, budget=budget, temperature=temperature, top_k=top_k, seed=seed)
+    _at_least(1, max_tokens=max_tokens)
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p is {top_p}; it must be above 0 and at most 1")
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
-    thought, answer = respond(load_run(folder), prompt, image, mode, budget, sampling)
+    question = make_question(prompt, image)  # before the run is loaded, which takes longer
+    thought, answer = respond(load_run(folder), question, mode, budget, sampling)
     if mode == "think":
         print(f"thought: {thought}")
     print(f"answer: {answer}")
@@ -67,6 +73,7 @@ def evaluate(folder: RunDir, questions: int | None = None) -> None:
     """
     from .inference import evaluate_run
 
+    _at_least(1, questions=questions)
     evaluate_run(folder, questions)
 
 
@@ -85,6 +92,7 @@ def export(
     """
     from .export import export_run
 
+    _at_least(0, shard_size=shard_size)
     done = export_run(folder, out, step, dtype, shard_size)
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
     print(f"{out}: {done.num_tensors} tensors of step {done.checkpoint.step}, {done.size:,} bytes in {files}")
@@ -102,7 +110,13 @@ def digits(out: Path = Path("data/digits"), records: int = 20_000, questions: in
     """
     from .data.digits import write_digits
 
-    for path, count in write_digits(out, records, questions, seed).items():
+    _at_least(1, records=records, questions=questions)
+    _at_least(0, seed=seed)
+    try:
+        written = write_digits(out, records, questions, seed)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}; choose another folder with --out") from error
+    for path, count in written.items():
         print(f"{path}: {count:,} records")
 
 
@@ -176,6 +190,7 @@ def cpu(
     from .stage import stage_stream
     from .trainer import open_data
 
+    _at_least(1, documents=documents, batch=batch, rounds=rounds, threads=threads)
     loaded = load_config(config)
     name, stage = list(loaded.stages.items())[-1]
     chosen = stream_documents(stage_stream(loaded, name, open_data(loaded)), documents)
@@ -259,6 +274,8 @@ def checkpoint(
     def failed(message: str) -> None:
         raise UserError(message)
 
+    _at_least(1, rounds=rounds, steps=steps, threads=threads)
+    _at_least(0, step_seconds=step_seconds)
     disk.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=disk) as folder:
         writer = CheckpointWriter(Path(folder), 1, alone(torch.device("cpu")), failed)
@@ -281,6 +298,7 @@ def tiles(rounds: int = 7, steps: int = 1, tokens: int = 2048, tiles: int = 48, 
     """
     from smalt.profiling.bench_tiles import bench_tiles, print_report
 
+    _at_least(1, tokens=tokens, tiles=tiles)
     result = bench_tiles(rounds, steps, tokens, tiles)
     print_report(result)
     _write_json(json, result)
@@ -311,6 +329,7 @@ def check(
     from smalt.profiling.kernels.check import check as compare
     from smalt.profiling.kernels.report import print_outcome, write_docs
 
+    _at_least(1, jobs=jobs)
     outcome = compare(kernel, target or TARGETS, rows, table or TABLE, beside, jobs, write)
     if write and kernel is None and table is None:
         write_docs(outcome)
@@ -348,6 +367,7 @@ def configure(
     from smalt.profiling.kernels.configure import configure as choose
     from smalt.profiling.kernels.configure import describe, write_rows
 
+    _at_least(1, jobs=jobs)
     rows, refused = choose(kernel, target or TARGETS, jobs)
     print(*(f"refused  {line}" for line in refused), *(describe(row) for row in rows), sep="\n")
     if write:
@@ -368,6 +388,14 @@ def tune(kernel: str | None = None, candidates: int = 8, write: bool = False) ->
     tune_kernels(kernel, candidates, write)
 
 
+def _at_least(lowest: int, **options: float | None) -> None:
+    """Raise UserError for an option that is below ``lowest`` or not finite; None is one that was not given."""
+    for name, value in options.items():
+        if value is not None and not lowest <= value < math.inf:
+            also = " and finite" if isinstance(value, float) else ""
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {lowest}{also}")
+
+
 def _write_json(path: Path | None, value: object) -> None:
     if path is not None:
         path.write_text(dumps(value, indent=2) + "\n")
@@ -378,6 +406,9 @@ def main() -> int:
         app.cli(prog="smalt", description=__doc__)
     except (UserError, BadRecord, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -15,11 +15,13 @@ from smalt.parallel import ParallelConfig
 
 from .errors import UserError
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+Budget = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -82,6 +84,8 @@ class StageConfig(Section):
             raise ValueError(f"trainable names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
         if not any(self.trainable.values()):
             raise ValueError("trainable names no part with a learning rate above 0")
+        if not any(self.mixture.values()):
+            raise ValueError("mixture names no source with a weight above 0")
         return self
 
 
@@ -93,13 +97,13 @@ class OptimizerConfig(Section):
     """cpu: optimiser state and arithmetic on the CPU, for adamw and smalt_adamw: less memory on the GPU, slower steps."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the moments of smalt_adamw; bfloat16 halves their memory and is rounded stochastically."""
-    momentum: float = Field(0.95, ge=0, lt=1)
+    momentum: DecayRate = 0.95
     """Muon's decay rate of the momentum."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
-    eps: float = 1e-8
+    eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""
-    weight_decay: float = 0.1
+    weight_decay: float = Field(0.1, ge=0)
     """Decoupled weight decay of matrices; vectors have none."""
     clip: float = Field(1.0, gt=0)
     """Largest global norm of the gradient."""
@@ -120,7 +124,7 @@ class SpikesConfig(Section):
     """Skip the updates of loss spikes, and go back to a checkpoint when they do not end."""
     window: int = Field(128, ge=16)
     """Steps that a step is compared with; the first ones of a stage are not judged."""
-    sigmas: float = Field(6.0, gt=0, allow_inf_nan=False)
+    sigmas: float = Field(6.0, gt=0)
     """Robust standard deviations above the median at which the loss, or the logarithm of the gradient norm, is a spike."""
     skips: int = Field(4, ge=1)
     """Spikes in a row after which the weights go back to a checkpoint; the data goes on."""
@@ -139,7 +143,7 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
     on_error: Literal["stop", "continue"] = "continue"
     """What to do when one cannot be written (a full disk): the one before it stays good either way."""
-    grace_seconds: float = Field(30.0, gt=1)
+    grace_seconds: float = Field(30.0, gt=1, le=1e6)
     """Seconds from SIGTERM to the SIGKILL of whoever preempts: a run that has not saved a second before says so and ends."""
 
 
@@ -148,7 +152,7 @@ class EvaluationConfig(Section):
     """Held-out questions by task; the last assistant message is the truth."""
     budget_tasks: list[str] = []
     """Tasks whose accuracy is also measured against the thinking budget and with images shuffled between questions."""
-    budgets: list[int] = [0, 4, 8, 16]
+    budgets: list[Budget] = [0, 4, 8, 16]
     """Thinking budgets in tokens; unlimited is always measured."""
     every: int = Field(0, ge=0)
     """Steps between evaluations during training; 0: only at the end."""
@@ -178,9 +182,9 @@ class LoggingConfig(Section):
 
 
 class RunConfig(Section):
-    name: str = "run"
+    name: str = Field("run", pattern=r"^[^/\x00]+$")
     """Names the run's folder; that of the config's file when not given."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Fixes initial weights and the order of data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
@@ -280,7 +284,8 @@ def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError("\n".join([f"{where}:", *(_explain(e, raw) for e in error.errors())])) from error
+        found = [_explain(e) for e in error.errors()]
+        raise UserError(f"{where}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{where}:", *found])) from error
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -298,7 +303,7 @@ def _merged(values: dict[str, Any], changes: Any) -> Any:
     return {**values, **{k: _merged(values[k], v) if isinstance(values.get(k), dict) else v for k, v in changes.items()}}
 
 
-def _explain(error: Any, raw: dict[str, Any]) -> str:
+def _explain(error: Any) -> str:
     """One line for one finding of pydantic: the dotted key, what is wrong, the nearest known key."""
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
@@ -306,12 +311,13 @@ def _explain(error: Any, raw: dict[str, Any]) -> str:
         known = _known_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
         hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
-        return f"  {key}: unknown key{hint}"
+        return f"{key}: unknown key{hint}"
     if error["type"] == "missing":
-        return f"  {key}: missing"
+        return f"{key}: missing"
     given = error.get("input")
     shown = "" if isinstance(given, dict | BaseModel) else f" (given: {given!r})"
-    return f"  {key or 'config'}: {error['msg'].removeprefix('Value error, ')}{shown}"
+    # What spans sections has no key of its own: the message names them.
+    return f"{key}{': ' if key else ''}{error['msg'].removeprefix('Value error, ')}{shown}"
 
 
 def _known_keys(location: list[str]) -> list[str]:

@@ -48,16 +48,21 @@ def load_run(folder: Path) -> LoadedRun:
     return LoadedRun(config, model.eval(), open_data(config), device)
 
 
-def respond(
-    run: LoadedRun, prompt: str, images: Sequence[Path], mode: Mode, budget: int | None, sampling: Sampling
-) -> tuple[str, str]:
-    """Thought and answer to one question. Raises UserError when placeholders and images do not match."""
+def make_question(prompt: str, images: Sequence[Path]) -> Record:
+    """A question; images without a placeholder come first. Raises UserError for an image that is no file, and for one too few."""
+    for path in images:
+        if not path.is_file():
+            raise UserError(f"image {path} {'is not a file' if path.exists() else 'does not exist'}")
     missing = len(images) - prompt.count(PLACEHOLDER)
     if missing < 0:
-        raise UserError(f"the prompt has {prompt.count(PLACEHOLDER)} {PLACEHOLDER}, but {len(images)} images were given")
-    record = Record((("user", PLACEHOLDER * missing + prompt),), tuple(Image(None, str(path)) for path in images))
+        raise UserError(f"the prompt has {prompt.count(PLACEHOLDER)} {PLACEHOLDER}; the images given are {len(images)}")
+    return Record((("user", PLACEHOLDER * missing + prompt),), tuple(Image(None, str(path)) for path in images))
+
+
+def respond(run: LoadedRun, question: Record, mode: Mode, budget: int | None, sampling: Sampling) -> tuple[str, str]:
+    """Thought and answer to one question."""
     encoder = run.data.encoder
-    (completion,) = generate_tokens(run.model, [encoder.prompt(record, mode)], encoder.control, sampling, budget)
+    (completion,) = generate_tokens(run.model, [encoder.prompt(question, mode)], encoder.control, sampling, budget)
     thought, answer = encoder.split(completion.tokens, thinking=mode == "think")
     return encoder.decode(thought), answer
 
@@ -69,7 +74,7 @@ def evaluate_run(folder: Path, questions: int | None) -> None:
         raise UserError(f"the config of {folder} has no evaluation.sources")
     console = Console(highlight=False)
     with console.status("evaluating"):
-        limit = questions or run.config.evaluation.questions
+        limit = run.config.evaluation.questions if questions is None else questions
         scores = evaluate(run.model, run.data.encoder, run.data.questions, run.config.evaluation, limit, alone(run.device))
     (folder / EVALUATION).write_text(json.dumps(scores_json(scores), indent=1) + "\n")
     console.print(scores_table(scores))

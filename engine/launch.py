@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
 import tyro
+from pydantic import BaseModel
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from smalt.model import PRESETS
 from smalt.parallel import Watchdog, World, lay_out
@@ -29,7 +31,7 @@ Train a model: torchrun [--nproc-per-node N] engine/train.py [CONFIG.toml] [OPTI
   --resume            go on from the newest checkpoint of --folder DIR, or of the newest run of that name, with the config it has
   --continue          go on where the run of --folder (else of torchrun's --rdzv-id) stopped, or begin it: for a scheduler that queues
                       the same command again; workers that torchrun restarts go on where their own run stopped without it
-  --dry-run           build everything, say what would run, and stop before the first step
+  --dry-run           check config, layout and files, build the first stage, say what would run, and stop before the first step
 """
 
 
@@ -66,7 +68,7 @@ def agree_on_launch(arguments: Sequence[str], world: World) -> Launch:
 
 def parse_launch(arguments: Sequence[str], restarted: bool = False) -> Launch:
     """Read the command line. restarted: torchrun has started workers of this run before. Raises UserError for a wrong config; exits
-    with tyro's message for a wrong option."""
+    with tyro's message for an option that is none, or a value of the wrong type."""
     parser = argparse.ArgumentParser(prog="engine/train.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--folder", type=Path)
     go_on = parser.add_mutually_exclusive_group()
@@ -77,6 +79,8 @@ def parse_launch(arguments: Sequence[str], restarted: bool = False) -> Launch:
     path, given = DEFAULT_CONFIG, bool(rest) and not rest[0].startswith("-")
     if given:
         path, rest = Path(rest[0]), rest[1:]
+    elif late := [word for word in rest if word.endswith(".toml") and not word.startswith("-")]:
+        raise UserError(f"{late[0]} comes after an option; the config is the first argument: engine/train.py {late[0]} --...")
     if {"-h", "--help"} & set(rest):
         sys.stdout.write(f"{_USAGE}\nEvery value of the config, with the one it has in {path}:\n\n")
         sys.stdout.flush()
@@ -141,11 +145,58 @@ def _overridden(config: RunConfig, options: list[str]) -> RunConfig:
     if not options:
         return config
     changed = _override(config, options)
-    if changed.preset != config.preset and changed.preset in PRESETS:
+    if changed["preset"] != config.preset and changed["preset"] in PRESETS:
         # The preset that the command line names stands in for the model of the file; other options still change it.
-        changed = _override(config.model_copy(update={"model": PRESETS[changed.preset]}), options)
-    return parse_config(changed.model_dump(), "command line")
+        changed = _override(config.model_copy(update={"model": PRESETS[changed["preset"]]}), options)
+    return parse_config(changed, "command line")
 
 
-def _override(config: RunConfig, options: list[str]) -> RunConfig:
-    return tyro.cli(RunConfig, default=config, args=options, prog="engine/train.py")
+def _override(config: RunConfig, options: list[str]) -> dict[str, Any]:
+    """The values of the config with those of the options, not checked yet."""
+    known = _with_new_entries(config, options)
+    values: Any = tyro.cli(RunConfig, default=known, args=options, prog="engine/train.py", registry=_VALUES)
+    return values
+
+
+def _with_new_entries(config: RunConfig, options: list[str]) -> RunConfig:
+    """The config with an entry for each option that names a new source, weight or part: tyro knows the entries of the default."""
+    config = config.model_copy(deep=True)
+    tables: dict[str, tuple[dict[str, Any], Path | float]] = {
+        "data.sources": (config.data.sources, Path()),
+        "data.validation": (config.data.validation, Path()),
+        "evaluation.sources": (config.evaluation.sources, Path()),
+    }
+    for name, stage in config.stages.items():
+        tables[f"stages.{_hyphened(name)}.mixture"] = stage.mixture, 0.0
+        tables[f"stages.{_hyphened(name)}.trainable"] = stage.trainable, 0.0
+    for option in options:
+        key, _, entry = option.partition("=")[0].removeprefix("--").rpartition(".")
+        entries, value = tables.get(_hyphened(key), ({}, 0.0))
+        if option.startswith("--") and entry and _hyphened(entry) not in map(_hyphened, entries):
+            entries[entry] = value
+    return config
+
+
+def _hyphened(name: str) -> str:
+    """As tyro spells an option; it takes either."""
+    return name.replace("_", "-")
+
+
+_VALUES = ConstructorRegistry()
+
+
+@_VALUES.struct_rule
+def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """A section as a plain dict: :func:`parse_config` checks what comes of the command line, and explains it as it does a file."""
+    if not (isinstance(info.type, type) and issubclass(info.type, BaseModel)):
+        return None
+
+    def values(**given: Any) -> dict[str, Any]:
+        return given
+
+    values.__doc__ = info.type.__doc__  # what --help says of the section
+    fields = [
+        StructFieldSpec(name, cast("Any", field.annotation), getattr(info.default, name), helptext=field.description)
+        for name, field in info.type.model_fields.items()
+    ]
+    return StructConstructorSpec(values, tuple(fields))

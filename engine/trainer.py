@@ -274,8 +274,8 @@ def whole_model(model: ParallelModel, config: ModelConfig) -> MultimodalModel:
 def _check_layout(config: RunConfig, world: World) -> None:
     try:
         world.parallel.check_microbatches(config.data.packs_per_step)
-        for stage in config.stages.values():
-            world.parallel.check_model(config.model, stage.sequence_length)
+        for name, stage in config.stages.items():
+            world.parallel.check_model(config.model, stage.sequence_length, f"stages.{name}.sequence_length")
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -1,7 +1,7 @@
 """The single-device model and its batch. Knows nothing of ranks."""
 
 from .batch import Document, PackedBatch, pack
-from .config import PRESETS, LanguageConfig, ModelConfig, VisionConfig
+from .config import PRESETS, FrozenSection, LanguageConfig, ModelConfig, VisionConfig
 from .init import build_model
 from .multimodal import PARTS, MultimodalModel, count_parameters
 
@@ -9,6 +9,7 @@ __all__ = [
     "PARTS",
     "PRESETS",
     "Document",
+    "FrozenSection",
     "LanguageConfig",
     "ModelConfig",
     "MultimodalModel",

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class VisionConfig(BaseModel):
+class FrozenSection(BaseModel):
+    """A section of the config that does not change. Unknown keys and floats that are not finite are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class VisionConfig(FrozenSection):
     """A SigLIP2-style vision tower over square tiles."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    num_layers: int = 27
+    num_layers: int = Field(27, ge=1)
     """Transformer blocks."""
-    width: int = 1152
+    width: int = Field(1152, ge=1)
     """Hidden size."""
-    num_heads: int = 16
+    num_heads: int = Field(16, ge=1)
     """Attention heads."""
-    ffn: int = 4304
+    ffn: int = Field(4304, ge=1)
     """Hidden size of the MLP."""
-    patch: int = 14
+    patch: int = Field(14, ge=1)
     """Side of a patch in pixels."""
-    tile: int = 378
+    tile: int = Field(378, ge=1)
     """Side of a tile in pixels, a multiple of patch."""
-    merge: int = 2
+    merge: int = Field(2, ge=1)
     """merge x merge patches become one token of the language model; a grid that does not divide is padded with zeros."""
-    norm_eps: float = 1e-6
+    norm_eps: float = Field(1e-6, gt=0)
     """Epsilon of LayerNorm."""
 
     @model_validator(mode="after")
@@ -48,28 +52,26 @@ class VisionConfig(BaseModel):
         return (-(-self.grid // self.merge)) ** 2
 
 
-class LanguageConfig(BaseModel):
+class LanguageConfig(FrozenSection):
     """A Llama-style decoder: grouped-query attention, RoPE, RMSNorm, SwiGLU."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    num_layers: int = 28
+    num_layers: int = Field(28, ge=1)
     """Transformer blocks."""
-    width: int = 2560
+    width: int = Field(2560, ge=1)
     """Hidden size."""
-    num_heads: int = 20
+    num_heads: int = Field(20, ge=1)
     """Query heads."""
-    num_kv_heads: int = 4
+    num_kv_heads: int = Field(4, ge=1)
     """Key and value heads; num_heads is a multiple."""
-    head_dim: int = 128
+    head_dim: int = Field(128, ge=2)
     """Size of a head, even."""
-    ffn: int = 8192
+    ffn: int = Field(8192, ge=1)
     """Hidden size of SwiGLU."""
-    vocabulary: int = 100_096
+    vocabulary: int = Field(100_096, ge=1)
     """Rows of the embedding; at least the tokenizer's size."""
-    rope_theta: float = 1_000_000.0
+    rope_theta: float = Field(1_000_000.0, gt=1)
     """Base of the rotary frequencies."""
-    norm_eps: float = 1e-6
+    norm_eps: float = Field(1e-6, gt=0)
     """Epsilon of RMSNorm."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2.5)."""
@@ -87,20 +89,18 @@ class LanguageConfig(BaseModel):
         return self
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(FrozenSection):
     """The whole model: vision tower, projector, decoder."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     vision: VisionConfig = VisionConfig()
     """The vision tower."""
     language: LanguageConfig = LanguageConfig()
     """The decoder."""
-    projector_width: int | None = None
+    projector_width: int | None = Field(None, ge=1)
     """Hidden size of the projector's two-layer MLP; the language width when not given."""
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"
     """Whether the tokens of one image see each other, or only those before them."""
-    init_std: float = 0.02
+    init_std: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights."""
 
 

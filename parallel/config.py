@@ -6,17 +6,15 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from smalt.model import ModelConfig
+from smalt.model import FrozenSection, ModelConfig
 
 AXES = ("pp", "dp", "fsdp", "cp", "tp")
 
 
-class DeepSpeedConfig(BaseModel):
+class DeepSpeedConfig(FrozenSection):
     """What DeepSpeed shards, and where it keeps the optimiser's state."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     stage: Literal[2, 3] = 3
     """Stage of ZeRO: 2 shards optimiser state and gradients, 3 the weights too."""
@@ -36,10 +34,8 @@ class DeepSpeedConfig(BaseModel):
         return self
 
 
-class ParallelConfig(BaseModel):
+class ParallelConfig(FrozenSection):
     """The axes, outermost first, and how they work. The product of their sizes is the number of processes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     pp: int = Field(1, ge=1)
     """Pipeline parallel: groups of decoder blocks, one after the other."""
@@ -73,7 +69,7 @@ class ParallelConfig(BaseModel):
     """torch.compile of every block."""
     memory_budget: float | None = Field(None, ge=0, le=1)
     """With compile: share of a block's activations that is kept, the rest is computed again; torch chooses which."""
-    watchdog_seconds: float = Field(300, ge=0)
+    watchdog_seconds: float = Field(300, ge=0, le=1e6)
     """Seconds without the end of a step, while a collective waits, after which the run ends and says which and where; 0: never."""
     async_tp: bool = False
     """With compile, on GPUs whose links allow it: collectives of tp inside the products beside them (symmetric memory)."""
@@ -145,11 +141,17 @@ class ParallelConfig(BaseModel):
         if others * fsdp != num_processes:
             sizes = " x ".join(f"{axis} {getattr(self, axis)}" for axis in AXES if axis != "fsdp")
             given = f" x fsdp {self.fsdp}" if self.fsdp else " (times fsdp, which takes what is left)"
-            raise ValueError(f"parallel: {sizes}{given} do not multiply to the {num_processes} processes that run")
+            wanted = f"{others * self.fsdp} processes" if self.fsdp else f"a multiple of {others} processes"
+            smaller = [f"--parallel.{axis} 1" for axis in AXES if axis != "fsdp" and getattr(self, axis) > 1]
+            smaller += ["--parallel.fsdp None"] if self.fsdp else []
+            raise ValueError(
+                f"parallel: {sizes}{given} do not multiply to the {num_processes} processes that run; start {wanted} (on one machine "
+                f"torchrun --nproc-per-node {others * fsdp}), or give {' '.join(smaller)}"
+            )
         return self.model_copy(update={"fsdp": fsdp})
 
-    def check_model(self, model: ModelConfig, sequence_length: int) -> None:
-        """Raise ValueError, naming the sizes, where a model or a pack does not divide over the axes."""
+    def check_model(self, model: ModelConfig, sequence_length: int, key: str = "sequence_length") -> None:
+        """Raise ValueError, naming the sizes, where a model or a pack does not divide over the axes. key: of the sequence length."""
         text, wrong = model.language, []
         for name, size in (("num_heads", text.num_heads), ("num_kv_heads", text.num_kv_heads), ("ffn", text.ffn)):
             if size % self.tp:
@@ -166,13 +168,19 @@ class ParallelConfig(BaseModel):
                     f'context = "scatter": {kv_heads} key and value heads a rank of tp neither divide over cp = {self.cp} nor can be '
                     'repeated to it; use "gather"'
                 )
-        if sequence_length % math.lcm(self.cp * self.chunks_a_rank, self.cp * self.tp):
+        multiple = math.lcm(self.cp * self.chunks_a_rank, self.cp * self.tp)
+        if sequence_length % multiple:
             wrong.append(
-                f"sequence_length = {sequence_length} is not a multiple of cp {self.cp} x context_chunks {self.chunks_a_rank} and of "
-                f"cp {self.cp} x tp {self.tp}"
+                f"{key} = {sequence_length} is not a multiple of cp {self.cp} x context_chunks {self.chunks_a_rank} and of "
+                f"cp {self.cp} x tp {self.tp}; {-(-sequence_length // multiple) * multiple} is"
             )
         if self.num_stages > text.num_layers:
-            wrong.append(f"{self.num_stages} pipeline stages for model.language.num_layers = {text.num_layers}")
+            each = self.num_stages // self.pp
+            virtual = f' x virtual_stages {each} (schedule = "{self.schedule}")' if each > 1 else ""
+            wrong.append(
+                f"pp {self.pp}{virtual} makes {self.num_stages} pipeline stages, and model.language.num_layers = {text.num_layers}, "
+                f"of which each needs one; lower pp{' or virtual_stages' if virtual else ''}"
+            )
         if wrong:
             raise ValueError("\n".join(["parallel:", *(f"  {line}" for line in wrong)]))
 

@@ -103,6 +103,7 @@ def write_digits(folder: Path, records: int = 20_000, questions: int = 500, seed
     records: training records a task; questions: held-out records a task. The same arguments write the same bytes of records.
     """
     pixels, labels = _load()
+    folder.mkdir(parents=True, exist_ok=True)  # before what takes seconds
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
     held_out, train = np.split(order, [int(HELD_OUT_SHARE * len(labels))])
@@ -113,7 +114,7 @@ def write_digits(folder: Path, records: int = 20_000, questions: int = 500, seed
     }
     written, texts = {}, list[str]()
     for split, (pngs, pool_labels) in pools.items():
-        (folder / split).mkdir(parents=True, exist_ok=True)
+        (folder / split).mkdir(exist_ok=True)
         for name, task in TASKS.items():
             counts = task.counts if split == "train" else task.held_out_counts
             rows = [_record(task, counts, pngs, pool_labels, rng) for _ in range(records if split == "train" else questions)]

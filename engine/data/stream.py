@@ -11,7 +11,7 @@ import numpy as np
 
 from smalt.model import Document
 
-from ..errors import BadRecord, UserError
+from ..errors import BadRecord
 from .chat import ChatEncoder, Mode
 from .records import ParquetRecords
 
@@ -59,12 +59,7 @@ def sample_stream(
     seed: int,
 ) -> grain.MapDataset:
     """An endless random-access stream of Document | SkippedSample, sources mixed by weight, each shuffled anew every epoch."""
-    unknown = set(mixture) - set(sources)
-    if unknown:
-        raise UserError(f"the mixture names {', '.join(sorted(unknown))}; data.sources has {', '.join(sorted(sources))}")
     chosen = {name: weight for name, weight in mixture.items() if weight > 0}
-    if not chosen:
-        raise UserError("the mixture has no source of positive weight")
     parts = []
     for number, name in enumerate(chosen):
         encode = _Encode(sources[name], encoder, presentation)

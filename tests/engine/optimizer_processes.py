@@ -32,8 +32,8 @@ MODEL = ModelConfig(
     language=LanguageConfig(num_layers=2, width=10, num_heads=2, num_kv_heads=1, head_dim=6, ffn=14, vocabulary=29, rope_theta=1e4),
 )
 STAGE = StageConfig(
-    steps=3, sequence_length=8, mixture={}, trainable={"vision": 0.5, "projector": 1.0, "language": 1.0}, learning_rate=1e-2,
-    vision_layer_decay=0.7,
+    steps=3, sequence_length=8, mixture={"read": 1.0}, trainable={"vision": 0.5, "projector": 1.0, "language": 1.0},
+    learning_rate=1e-2, vision_layer_decay=0.7,
 )  # fmt: skip
 STEPS = 3
 KINDS = {

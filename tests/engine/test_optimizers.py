@@ -38,7 +38,9 @@ KINDS = [
 
 def stage(**values):
     trainable = {"vision": 0.5, "projector": 1.0, "language": 1.0}
-    return StageConfig(**{"steps": 9, "sequence_length": 8, "mixture": {}, "trainable": trainable, "learning_rate": 1e-2, **values})
+    return StageConfig(
+        **{"steps": 9, "sequence_length": 8, "mixture": {"read": 1.0}, "trainable": trainable, "learning_rate": 1e-2, **values}
+    )
 
 
 @pytest.fixture

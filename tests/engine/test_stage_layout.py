@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from smalt.engine.config import load_config
+from smalt.engine.errors import UserError
+from smalt.engine.launch import parse_launch
 from smalt.engine.stage import Stage
-from smalt.engine.trainer import open_data
+from smalt.engine.trainer import dry_run, open_data
 from smalt.parallel import ParallelConfig, alone, join_world, lay_out
 
 
@@ -28,6 +30,13 @@ def test_memory_of_one_stage(tiny_config, name, times):
     assert len(seen) == times
     assert stage.world.parallel.reshard_after_forward is (True if times == 2 else None)
     stage.close()
+
+
+def test_a_stage_whose_packs_do_not_divide_is_named(tiny_config):
+    launch = parse_launch([str(tiny_config({"stages.sft.sequence_length": 60})), "--dry-run"])
+    two = replace(alone(torch.device("cpu")), size=2, parallel=ParallelConfig(cp=2, fsdp=1))
+    with pytest.raises(UserError, match=r"stages\.sft\.sequence_length = 60 is not a multiple of .*; 64 is$"):
+        dry_run(launch, two)
 
 
 def test_one_process_has_the_settings_that_need_no_second():

@@ -12,7 +12,6 @@ from smalt.engine.data.chat import ChatEncoder, ImageShape
 from smalt.engine.data.images import ImageLimits
 from smalt.engine.data.records import ParquetRecords, open_sources
 from smalt.engine.data.stream import Presentation, SkippedSample, sample_stream, stream_documents
-from smalt.engine.errors import UserError
 from smalt.engine.stage import stage_stream
 from smalt.engine.trainer import open_data
 
@@ -80,17 +79,6 @@ def test_every_epoch_has_each_record_once_in_an_order_of_its_own(encoder, tmp_pa
 def test_a_source_of_weight_zero_is_as_if_it_were_not_there(make_stream):
     with_zero, without = make_stream({"sum": 0.0, "read": 2.0}), make_stream({"read": 1.0})
     assert [_shown(with_zero[i]) for i in range(30)] == [_shown(without[i]) for i in range(30)]
-
-
-@pytest.mark.parametrize("mixture", [{}, {"read": 0.0}, {"read": 0.0, "sum": 0.0}])
-def test_a_mixture_without_weight_is_refused(make_stream, mixture):
-    with pytest.raises(UserError, match="no source of positive weight"):
-        make_stream(mixture)
-
-
-def test_a_mixture_of_unknown_sources_is_refused(make_stream):
-    with pytest.raises(UserError, match=r"names lagrest; data\.sources has read, sum"):
-        make_stream({"read": 1.0, "lagrest": 1.0})
 
 
 def _modes(stream, encoder, count):

@@ -42,13 +42,18 @@ def test_contradictions(fields, message):
         ({"tp": 3}, "vocabulary = 26 is not a multiple of tp = 3; 27 is"),
         ({"tp": 5}, "ffn = 24 is not a multiple of tp = 5"),
         ({"cp": 3, "context": "scatter"}, "4 heads a rank of tp do not divide over cp = 3"),
-        ({"cp": 2, "context_chunks": 5}, "sequence_length = 64 is not a multiple of cp 2 x context_chunks 5"),
-        ({"pp": 2, "schedule": "interleaved", "virtual_stages": 3}, "6 pipeline stages for model.language.num_layers = 4"),
+        ({"cp": 2, "context_chunks": 5}, "length = 64 is not a multiple of cp 2 x context_chunks 5 and of cp 2 x tp 1; 70 is"),
+        ({"pp": 2, "schedule": "interleaved", "virtual_stages": 3}, "lower pp or virtual_stages"),
+        (
+            {"pp": 2, "schedule": "interleaved", "virtual_stages": 3},
+            'pp 2 x virtual_stages 3 (schedule = "interleaved") makes 6 pipeline',
+        ),
+        ({"pp": 5}, "pp 5 makes 5 pipeline stages, and model.language.num_layers = 4, of which each needs one; lower pp"),
     ],
 )
 def test_models_that_do_not_divide(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        ParallelConfig(fsdp=1, **fields).check_model(MODEL, 64)
+        ParallelConfig(fsdp=1, **fields).check_model(MODEL, 64, "length")
 
 
 def test_key_heads_that_cannot_be_repeated():
@@ -60,9 +65,14 @@ def test_key_heads_that_cannot_be_repeated():
 def test_numbers_of_processes():
     assert ParallelConfig(cp=2, tp=2).sized(8).fsdp == 2
     assert ParallelConfig(dp=4).sized(4).fsdp == 1
-    with pytest.raises(ValueError, match=r"pp 1 x dp 1 x cp 2 x tp 2 .* do not multiply to the 6 processes"):
+    with pytest.raises(
+        ValueError, match=r"pp 1 x dp 1 x cp 2 x tp 2 .* do not multiply to the 6 processes .* a multiple of 4 processes"
+    ) as said:
         ParallelConfig(cp=2, tp=2).sized(6)
-    with pytest.raises(ValueError, match="x fsdp 4 do not multiply to the 2 processes"):
+    assert str(said.value).endswith("(on one machine torchrun --nproc-per-node 4), or give --parallel.cp 1 --parallel.tp 1")
+    with pytest.raises(
+        ValueError, match=r"x fsdp 4 do not multiply to the 2 processes that run; start 4 processes .* --parallel.fsdp None"
+    ):
         ParallelConfig(fsdp=4).sized(2)
 
 

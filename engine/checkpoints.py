@@ -287,6 +287,17 @@ def check_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:
         raise UserError(f"checkpoint {checkpoint.path} is of another architecture:\n  " + "\n  ".join(different))
 
 
+def check_optimizer(checkpoint: Checkpoint, kind: str) -> None:
+    """Raise UserError when the state of that kind of optimiser has other tensors than the checkpoint; all AdamWs have the same, on any
+    device and in any dtype. Checkpoints before version 0.3 do not say what wrote them."""
+    saved = checkpoint.state.get("optimizer", kind)
+    if (saved == "muon") != (kind == "muon"):
+        raise UserError(
+            f"checkpoint {checkpoint.path} is of another optimiser:\n  optimizer.kind: {saved} in the checkpoint, {kind} here; "
+            f"go on with --optimizer.kind {saved}, or begin a new run"
+        )
+
+
 def load_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
     """Fill the tensors in place from the checkpoint, whatever layout wrote it. Raises UserError when one is missing or broken."""
     try:
@@ -400,7 +411,7 @@ def _step_folders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             return [folder / entry.name for entry in entries if entry.name.startswith("step-") and entry.is_dir()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise _unreadable(folder, error) from error

@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,22 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+@dataclass
+class _Save:
+    """A save that :meth:`CheckpointWriter.wait` has not seen to yet. error: why it failed; asked: it is over on this process, and the
+    poll that reports is being chosen; report_at: that poll; polls: those that have begun since the save did; lost: the processes lost
+    each other in it; reported: this process has said what became of it."""
+
+    step: int
+    ended: Future[None] = field(default_factory=Future)
+    error: BaseException | None = None
+    asked: threading.Event = field(default_factory=threading.Event)
+    report_at: Future[int] = field(default_factory=Future)
+    polls: int = 0
+    lost: bool = False
+    reported: bool = False
+
+
 class CheckpointWriter:
     """Saves one checkpoint at a time into ``folder`` and keeps the newest ``keep``.
 
@@ -69,17 +85,17 @@ class CheckpointWriter:
     # was begun, and the largest of all processes, plus one, is the poll that reports; this costs one collective a save, in that
     # thread. From the question to the answer a poll waits: otherwise it could be past that number when the answer comes. The answer
     # needs only the threads of the saves, which wait for no training, so that this cannot lock up, and is as quick as the network.
+    # Where those threads lose each other there is no such answer, and one process may have failed alone. Then wait reports, in which
+    # all tell each other over the group of training how the save ended.
 
     def __init__(self, folder: Path, keep: int, world: World, on_error: Callable[[str], None]):
         self.folder, self.keep, self.world, self.on_error = folder, keep, world, on_error
-        self.pending: tuple[Future[None], int] | None = None
+        self.pending: _Save | None = None
         self.snapshot = Snapshot()
-        # Polls that have begun since the save did; whether the save is over and their number was asked for; the one that reports.
-        self._polls, self._asked, self._report_at = 0, threading.Event(), 0
         self._refused: set[Path] = set()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # Collectives of a save run in its thread: on the group of training they would mix with those of the step.
-        self.group = dist.new_group(backend="gloo", timeout=world.timeout) if world.meshes is not None else None
+        self.group = _new_group(world) if world.meshes is not None else None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(f"*{PARTIAL}"):
@@ -90,31 +106,48 @@ class CheckpointWriter:
         self.wait()
         self.snapshot.take(tensors)
         text = json.dumps({"format": FORMAT, "step": step, **state}, indent=1)
-        self._polls, self._report_at = 0, 0
-        self._asked.clear()
-        self.pending = self.thread.submit(self._write, step, text), step
+        self.pending = save = _Save(step)
+        save.ended = self.thread.submit(self._write, save, text)
 
     def poll(self) -> None:
         """Report the save in progress if it is over, in the same call on all processes; call between steps."""
-        if self.pending is None:
+        if (save := self.pending) is None or save.reported:
             return
-        self._polls += 1
-        future, _ = self.pending
+        save.polls += 1
         # Counted before it looks, as _agree asks before it reads the count: one of the two sees the other.
-        if self._asked.is_set() or future.done():
-            future.exception()
-            if self._polls >= self._report_at:
-                self.wait()
+        if save.asked.is_set() and save.polls >= save.report_at.result():
+            self._report(save, [self._failure(save)])
 
     def wait(self) -> None:
         """Return when no save is in progress; report what went wrong in the one that was."""
         if self.pending is None:
             return
-        (future, step), self.pending = self.pending, None
-        error = future.exception()
-        if error is not None:
-            cause = _root_cause(error)
-            self.on_error(f"checkpoint of step {step} could not be written to {self.folder}: {cause}; {self._last_good()}")
+        save, self.pending = self.pending, None
+        save.ended.result()
+        failures: list[tuple[bool, str] | None] = [self._failure(save)]
+        if self.group is not None:
+            known: list[Any] = [None] * self.world.size
+            dist.all_gather_object(known, (save.lost, *failures))
+            failures = [failure for _, failure in known]
+            if any(lost for lost, _ in known):
+                # Connections that have timed out stay closed.
+                dist.destroy_process_group(self.group)
+                self.group = _new_group(self.world)
+        if not save.reported:
+            self._report(save, failures)
+
+    def _report(self, save: _Save, failures: list[tuple[bool, str] | None]) -> None:
+        save.reported = True
+        if failed := [failure for failure in failures if failure is not None]:
+            _, cause = min(failed)
+            self.on_error(f"checkpoint of step {save.step} could not be written to {self.folder}: {cause}; {self._last_good()}")
+
+    def _failure(self, save: _Save) -> tuple[bool, str] | None:
+        """Why the save failed here, and before it whether that may be but the loss of a process to which something else happened."""
+        if save.error is None:
+            return None
+        rank, cause = _root_cause(save.error, self.world.rank)
+        return save.lost and isinstance(save.error, RuntimeError), f"rank {rank}: {cause}" if self.world.size > 1 else cause
 
     def remove_after(self, step: int) -> None:
         """Remove the checkpoints of later steps, while no save is in progress: the run has gone back before them."""
@@ -131,27 +164,31 @@ class CheckpointWriter:
 
     # The rest runs in the thread of the save, _remove_folder in that of training too.
 
-    def _write(self, step: int, state: str) -> None:
-        partial = self.folder / f"step-{step:08d}{PARTIAL}"
+    def _write(self, save: _Save, state: str) -> None:
+        partial = self.folder / f"step-{save.step:08d}{PARTIAL}"
         try:
             save_snapshot(self.snapshot, partial, self.world.rank, self.group, lambda shards: self._commit(partial, state, shards))
         except BaseException as error:
-            if self.world.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-            # DCP's own is raised on all processes. Of any other, such as a lost connection, the others may not know: they would not
-            # come to agree.
-            if isinstance(error, CheckpointException):
-                self._agree()
-            raise
-        self._agree()
+            save.error = error
+        # DCP's own error is raised on all processes. Of any other, such as a lost connection, the others may not know: they would not
+        # come to agree.
+        save.lost = self.group is not None and not isinstance(save.error, CheckpointException | None)
+        if not save.lost:
+            self._agree(save)
+        # Not before: a poll waits for that, and a slow disk takes its time.
+        if save.error is not None and self.world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
 
-    def _agree(self) -> None:
-        """Choose, with all processes, the poll that reports."""
-        self._asked.set()
-        number = torch.tensor(self._polls + 1)
-        if self.group is not None:
-            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
-        self._report_at = int(number)
+    def _agree(self, save: _Save) -> None:
+        """Choose, with all processes, the poll that reports; none, where they lose each other in it."""
+        save.asked.set()
+        number = torch.tensor(save.polls + 1)
+        try:
+            if self.group is not None:
+                dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+        except RuntimeError:
+            save.lost, number = True, torch.tensor(sys.maxsize)
+        save.report_at.set_result(int(number))
 
     def _commit(self, partial: Path, state: str, shards: list[FileRecord]) -> None:
         """On the main process, when the shards of all are on disk."""
@@ -265,13 +302,24 @@ def check_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:
         raise UserError(f"checkpoint {checkpoint.path} is of another architecture:\n  " + "\n  ".join(different))
 
 
+def check_optimizer(checkpoint: Checkpoint, kind: str) -> None:
+    """Raise UserError when the state of that kind of optimiser has other tensors than the checkpoint; all AdamWs have the same, on any
+    device and in any dtype. Checkpoints before version 0.3 do not say what wrote them."""
+    saved = checkpoint.state.get("optimizer", kind)
+    if (saved == "muon") != (kind == "muon"):
+        raise UserError(
+            f"checkpoint {checkpoint.path} is of another optimiser:\n  optimizer.kind: {saved} in the checkpoint, {kind} here; "
+            f"go on with --optimizer.kind {saved}, or begin a new run"
+        )
+
+
 def load_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
     """Fill the tensors in place from the checkpoint, whatever layout wrote it. Raises UserError when one is missing or broken."""
     try:
         reader = dcp.HuggingFaceStorageReader(str(checkpoint.path))
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:  # DCP's own is no Exception, and holds those of all ranks
-        raise UserError(f"checkpoint {checkpoint.path} cannot be loaded: {_root_cause(error)}") from error
+        raise UserError(f"checkpoint {checkpoint.path} cannot be loaded: {_root_cause(error)[1]}") from error
 
 
 def _examine(path: Path) -> tuple[Checkpoint | None, str]:
@@ -378,7 +426,7 @@ def _step_folders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             return [folder / entry.name for entry in entries if entry.name.startswith("step-") and entry.is_dir()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise _unreadable(folder, error) from error
@@ -388,10 +436,14 @@ def _step(path: Path) -> int:
     return int(path.name[5:])
 
 
-def _root_cause(error: BaseException) -> str:
-    """DCP raises one exception for all ranks, with theirs inside."""
+def _root_cause(error: BaseException, rank: int = 0) -> tuple[int, str]:
+    """What went wrong and where: on this process, ``rank``, or, as DCP raises one exception for all ranks, in one of theirs inside."""
     failures = getattr(error, "failures", None)
     if failures:
-        error = next(iter(failures.values()))
+        rank, error = next(iter(failures.items()))
         error = error[0] if isinstance(error, tuple) else error
-    return f"{type(error).__name__}: {error}"
+    return rank, f"{type(error).__name__}: {error}"
+
+
+def _new_group(world: World) -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=world.timeout)

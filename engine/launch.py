@@ -17,7 +17,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from smalt.model import PRESETS
 from smalt.parallel import Watchdog, World, lay_out
 
-from .checkpoints import Checkpoint, check_architecture, holds_checkpoints, latest_checkpoint
+from .checkpoints import Checkpoint, check_architecture, check_optimizer, holds_checkpoints, latest_checkpoint
 from .config import RunConfig, flat, load_config, parse_config
 from .errors import UserError
 from .run_folder import CHECKPOINTS, CONFIG, STALLS, latest_run, lock_folder, new_run, read_config, run_of_this_torchrun
@@ -38,8 +38,8 @@ Train a model: torchrun [--nproc-per-node N] engine/train.py [CONFIG.toml] [OPTI
 @dataclass(frozen=True)
 class Launch:
     """What the command line asks for. folder: the run's; checkpoint: where a run that is to be resumed goes on from, None for a new
-    run and until :func:`agree_on_launch` has found it; resume: the folder may be that of a run already; may_begin: it may hold no
-    checkpoint yet; lock: of the main process on a folder that was there before."""
+    run and until :func:`agree_on_launch` has found it; resume: the folder may be that of a run already; may_begin: it held no
+    checkpoint when it was looked at, and need not; lock: of the main process on a folder that was there before."""
 
     config: RunConfig
     folder: Path
@@ -61,9 +61,12 @@ def agree_on_launch(arguments: Sequence[str], world: World) -> Launch:
         if launch.resume and launch.folder.exists() and not launch.dry_run:
             # Workers that outlive their torchrun take as long as that to see it, save and end.
             lock = lock_folder(launch.folder, launch.config.checkpoint.grace_seconds + 30)
+            if launch.may_begin and holds_checkpoints(launch.folder / CHECKPOINTS):
+                # It has begun meanwhile: its own config counts.
+                launch = parse_launch(arguments, world.restarted)
         return replace(launch, checkpoint=_checkpoint(launch))
 
-    return replace(world.agree(read), lock=lock)
+    return replace(world.agree(read, "launch"), lock=lock)
 
 
 def parse_launch(arguments: Sequence[str], restarted: bool = False) -> Launch:
@@ -86,11 +89,12 @@ def parse_launch(arguments: Sequence[str], restarted: bool = False) -> Launch:
         sys.stdout.flush()
     config = _overridden(load_config(path), rest)
     folder = _run_to_go_on_with(config.name, own, restarted)
-    if folder is not None and (own.resume or holds_checkpoints(folder / CHECKPOINTS)):
+    began = folder is not None and (own.resume or holds_checkpoints(folder / CHECKPOINTS))
+    if folder is not None and began:
         asked, config = config, _overridden(read_config(folder), rest)
         if given:
             _warn_of_differences(asked, config, path, folder)
-    return Launch(config, folder or new_run(config, own.folder), None, own.dry_run, folder is not None, not own.resume)
+    return Launch(config, folder or new_run(config, own.folder), None, own.dry_run, folder is not None, not began)
 
 
 def _run_to_go_on_with(name: str, own: argparse.Namespace, restarted: bool) -> Path | None:
@@ -138,6 +142,7 @@ def _checkpoint(launch: Launch) -> Checkpoint | None:
         return None
     checkpoint = latest_checkpoint(launch.folder / CHECKPOINTS, set_aside=not launch.dry_run)
     check_architecture(checkpoint, launch.config.model)
+    check_optimizer(checkpoint, launch.config.optimizer.kind)
     return checkpoint
 
 

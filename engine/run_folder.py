@@ -10,6 +10,8 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,9 +32,13 @@ TORCHRUN, LOCK = "torchrun_id", "lock"
 def new_run(config: RunConfig, folder: Path | None) -> Path:
     """The folder of a new run, not yet made: the one given, or ``runs/NAME-DATE-TIME``. Raises UserError if it holds a run."""
     path = folder or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    _refuse_a_run(path)
+    return path
+
+
+def _refuse_a_run(path: Path) -> None:
     if (path / CONFIG).exists():
         raise UserError(f"{path} holds a run already; continue it with --resume or --continue, or choose another folder with --folder")
-    return path
 
 
 def latest_run(name: str, folder: Path | None) -> Path:
@@ -92,7 +98,7 @@ def lock_folder(folder: Path, seconds: float) -> IO[str]:
     try:
         file = (folder / LOCK).open("a+")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written to: {error.strerror}; choose another folder with --folder") from error
+        raise _not_writable(folder, error) from error
     deadline, waiting = time.monotonic() + seconds, False
     while True:
         try:
@@ -118,6 +124,10 @@ def lock_folder(folder: Path, seconds: float) -> IO[str]:
     return file
 
 
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder} cannot be written to: {error.strerror}; choose another folder with --folder")
+
+
 def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
@@ -127,37 +137,63 @@ def read_config(folder: Path) -> RunConfig:
     path = folder / CONFIG
     if not path.exists():
         raise UserError(f"{folder} is not the folder of a run: {CONFIG} is missing")
-    return parse_config(json.loads(path.read_text()), str(path))
+    try:
+        raw = dict(json.loads(path.read_text()))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged: {error}; put a good one in its place, such as the same config and options write when they begin a "
+            "run in another folder"
+        ) from error
+    return parse_config(raw, str(path))
 
 
 class RunFolder:
     """Writes what the main process has to say; on other ranks every method does nothing.
 
-    resume_step: the step that the run goes on from, None for one that begins; what a killed run wrote after it is dropped, for it will
-    be written again. lock: of a folder that was there before.
+    Made, it is this process's, and restarted workers find it; :meth:`begin` makes the config that of the run. lock: of a folder that
+    was there before the command line was read. Raises UserError where the folder cannot be made, is in use, or, new when the command
+    line was read, has become that of a run.
     """
 
-    def __init__(self, path: Path, config: RunConfig, is_main: bool, resume_step: int | None, lock: IO[str] | None = None):
+    def __init__(self, path: Path, config: RunConfig, is_main: bool, lock: IO[str] | None = None):
         self.path, self.config, self.is_main = path, config, is_main
+        self._opened = ExitStack()
         if not is_main:
             return
-        path.mkdir(parents=True, exist_ok=True)
-        self.lock = lock or lock_folder(path, config.checkpoint.grace_seconds)
-        # First of all: workers that are restarted find the folder by it.
+        try:
+            (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _not_writable(path, error) from error
+        self._opened.enter_context(lock or lock_folder(path, config.checkpoint.grace_seconds))
+        if lock is None:
+            _refuse_a_run(path)
         if run_id := _torchrun_id():
             (path / TORCHRUN).write_text(run_id)
-        # Options that a relaunch was given are part of the run from here on.
-        write_file(path / f"{CONFIG}.partial", [config.model_dump_json(indent=1).encode()])
+
+    def begin(self, resume_step: int | None) -> None:
+        """Call when nothing of the config is left that could be refused: it is that of the run from here on.
+
+        resume_step: the step that the run goes on from, None for one that begins; what a killed run wrote after it is dropped, for it
+        will be written again. Raises UserError where Weights & Biases is asked for and not installed.
+        """
+        if not self.is_main:
+            return
+        path = self.path
+        self.wandb = self._wandb() if self.config.logging.wandb_project else None
+        if self.wandb is not None:
+            self._opened.callback(self.wandb.finish)
+        write_file(path / f"{CONFIG}.partial", [self.config.model_dump_json(indent=1).encode()])
         (path / f"{CONFIG}.partial").rename(path / CONFIG)
         sync_folder(path)
         for name in (METRICS, SKIPPED, SPIKES):
             _drop_after(path / name, resume_step or 0)
-        self.metrics = (path / METRICS).open("a")
-        self.skipped = (path / SKIPPED).open("a")
+        self.metrics = self._opened.enter_context((path / METRICS).open("a"))
+        self.skipped = self._opened.enter_context((path / SKIPPED).open("a"))
         from torch.utils.tensorboard import SummaryWriter
 
-        self.tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=(resume_step or 0) + 1)
-        self.wandb = self._wandb() if config.logging.wandb_project else None
+        self.tensorboard = self._opened.enter_context(SummaryWriter(str(path / "tensorboard"), purge_step=(resume_step or 0) + 1))
 
     def _wandb(self) -> Any:
         try:
@@ -205,30 +241,40 @@ class RunFolder:
             (self.path / name).write_text(json.dumps(value, indent=1) + "\n")
 
     def close(self) -> None:
-        if not self.is_main:
-            return
-        self.metrics.close()
-        self.skipped.close()
-        self.tensorboard.close()
-        if self.wandb is not None:
-            self.wandb.finish()
-        self.lock.close()
+        """Free the folder."""
+        self._opened.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics of a run."""
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    """The lines of metrics of a run, without damaged ones, which stderr names."""
+    return [line for _, line in _whole_lines(folder / METRICS)]
 
 
 def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = 0
-    with path.open("rb") as file:
-        for line in file:
-            # A killed run can leave half a line at the end.
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            kept += len(line)
+    for end, line in _whole_lines(path):
+        if line["step"] > step:
+            break
+        kept = end
     # Cut where it is: a kill while the file is written anew would lose the lines that are kept.
     os.truncate(path, kept)
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """What each line of a file of JSON lines holds, with the bytes up to its end. A damaged one is named on stderr and passed over;
+    half a line at the end is what a killed run can leave, and no damage."""
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            end += len(line)
+            if not line.endswith(b"\n"):
+                return
+            try:
+                values = json.loads(line)
+                values["step"] + 0
+            except (ValueError, TypeError, KeyError):
+                _warn(f"{path}, line {number} is damaged; it is passed over, in the plots too")
+            else:
+                yield end, values

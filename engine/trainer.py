@@ -12,7 +12,7 @@ from smalt.model import ModelConfig, MultimodalModel, build_model, count_paramet
 from smalt.parallel import FIRST_STEP, ParallelModel, Watchdog, World
 from smalt.profiling.record import TraceRecorder
 
-from .checkpoints import CheckpointWriter, checkpoint_before, distrust_from
+from .checkpoints import Checkpoint, CheckpointWriter, checkpoint_before, distrust_from
 from .config import RunConfig
 from .data.chat import ChatEncoder, ImageShape
 from .data.images import ImageLimits
@@ -47,8 +47,7 @@ class Run:
         self.bad_steps: int = self.checkpoint.state.get("bad_steps", 0) if self.checkpoint else 0
         self.last_save = False
         self.model: ParallelModel | None = None
-        resume_step = self.step if self.checkpoint else None
-        self.folder = world.attempt(lambda: RunFolder(launch.folder, self.config, world.is_main, resume_step, launch.lock))
+        self.folder = world.attempt(lambda: RunFolder(launch.folder, self.config, world.is_main, launch.lock))
         first, count = self.config.logging.trace_first, self.config.logging.trace_steps
         self.recorder = TraceRecorder(launch.folder / TRACES, world.rank, first, count, dict(world.groups), self.step)
         self.writer = CheckpointWriter(launch.folder / CHECKPOINTS, self.config.checkpoint.keep, world, self._checkpoint_failed)
@@ -65,20 +64,25 @@ class Run:
 
     def stages(self) -> Iterator[Stage]:
         """The stages that are left; the first of a resumed run goes on where its checkpoint was written."""
-        names = list(self.config.stages)
-        started = self.checkpoint.state["stage"] if self.checkpoint else names[0]
-        if started not in names:
-            raise UserError(f"the checkpoint is of stage {started!r}; the config has {', '.join(names)}")
-        for name in names[names.index(started) :]:
-            checkpoint = self.checkpoint if name == started else None
+        names = stages_left(self.config, self.checkpoint)
+        for name in names:
+            checkpoint = self.checkpoint if name == names[0] else None
             with self.watchdog.pause(f"building stage {name}"):
                 stage = Stage(self.config, name, self.world, self.data, self.model, checkpoint, self.step)
             self.model = stage.model  # the last stage's weights are given up
-            self.watchdog.beat(self.step, FIRST_STEP)
             try:
+                if name == names[0]:
+                    self._begin(stage)
+                self.watchdog.beat(self.step, FIRST_STEP)
                 yield stage
             finally:
                 stage.close()
+
+    def _begin(self, stage: Stage) -> None:
+        """Nothing that a wrong option breaks is left: the config becomes that of the run."""
+        self.world.attempt(lambda: self.folder.begin(self.checkpoint.step if self.checkpoint else None))
+        if self.checkpoint is not None:
+            self.progress.say(f"goes on from {where_it_goes_on(self.checkpoint, stage)}")
 
     def after_step(self, stage: Stage, batch: StepBatch, result: StepResult, seconds: float) -> bool:
         """Count, log, save, validate, evaluate: whatever is due after this step. Returns whether the run is to stop after it."""
@@ -115,9 +119,12 @@ class Run:
 
     def _save(self, stage: Stage) -> None:
         self.folder.sync()
-        of_run = {"model": self.config.model.model_dump(), "counters": dict(self.counters), "bad_steps": self.bad_steps}
+        state = {
+            "model": self.config.model.model_dump(), "optimizer": self.config.optimizer.kind, "counters": dict(self.counters),
+            "bad_steps": self.bad_steps, **stage.state(),
+        }  # fmt: skip
         with self.watchdog.pause("a checkpoint"):
-            self.writer.save(self.step, stage.tensors(), {**of_run, **stage.state()})
+            self.writer.save(self.step, stage.tensors(), state)
 
     def stop(self) -> None:
         """End a run that was asked to, when its checkpoint is whole. Raises UserError when that cannot be written."""
@@ -243,8 +250,9 @@ def dry_run(launch: Launch, world: World) -> str:
     config = launch.config
     _check_layout(config, world)
     data = open_data(config)
-    stage = Stage(config, next(iter(config.stages)), world, data, None, None)
-    batch = next(stage.batches())
+    checkpoint = launch.checkpoint
+    stage = Stage(config, stages_left(config, checkpoint)[0], world, data, None, checkpoint, checkpoint.step if checkpoint else 0)
+    batch = next(stage.batches(), None)
     stage.close()
     model = build_model(config.model, config.seed, "meta")
     lines = [
@@ -254,10 +262,31 @@ def dry_run(launch: Launch, world: World) -> str:
             f"stage {n}: {s.steps} steps of {config.data.packs_per_step} x {s.sequence_length} tokens"
             for n, s in config.stages.items()
         ),
-        f"first step: {sum(batch.documents.values())} documents, {batch.tokens} tokens, fill {batch.fill:.1%}",
-        f"would write to {launch.folder}; dry run, stopped before the first step",
     ]
+    if batch is not None:
+        lines.append(f"first step: {sum(batch.documents.values())} documents, {batch.tokens} tokens, fill {batch.fill:.1%}")
+    if checkpoint is not None:
+        lines.append(f"would go on from {where_it_goes_on(checkpoint, stage)}")
+    lines.append(f"would write to {launch.folder}; dry run, stopped before the first step")
     return "\n".join(lines)
+
+
+def stages_left(config: RunConfig, checkpoint: Checkpoint | None) -> list[str]:
+    """All stages, or those from the one in which the checkpoint was written. Raises UserError where the config has no such stage."""
+    names = list(config.stages)
+    if checkpoint is None:
+        return names
+    if (started := checkpoint.state["stage"]) not in names:
+        raise UserError(f"the checkpoint is of stage {started!r}; the config has {', '.join(names)}")
+    return names[names.index(started) :]
+
+
+def where_it_goes_on(checkpoint: Checkpoint, stage: Stage) -> str:
+    """stage: the one that has loaded the checkpoint."""
+    names = list(stage.run_config.stages)
+    later = sum(stage.run_config.stages[name].steps for name in names[names.index(stage.name) + 1 :])
+    left = max(0, stage.config.steps - stage.done) + later
+    return f"{checkpoint.path}, stage {stage.name}{f', {left} steps left' if left else ': nothing is left to train'}"
 
 
 def whole_model(model: ParallelModel, config: ModelConfig) -> MultimodalModel:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 
 # For all to come; also of process groups, where no watchdog speaks earlier.
 TIMEOUT = timedelta(minutes=10)
+SECONDS_BETWEEN_BEATS = 2.0
 
 
 def open_store() -> dist.Store:
@@ -58,3 +62,36 @@ def _wait_for_answer(store: dist.Store, key: str, timeout: timedelta) -> str:
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(f"rank 0 did not come within {timeout.total_seconds():g} s, or its store is gone: {error}") from error
     return store.get(key).decode()
+
+
+@contextmanager
+def alive(store: dist.Store, name: str) -> Iterator[None]:
+    """While it is open, processes in :func:`wait_for_alive` of that name wait, however long it takes."""
+    closed = threading.Event()
+
+    def count() -> None:
+        while not closed.wait(SECONDS_BETWEEN_BEATS):
+            store.add(f"{name}/beats", 1)
+
+    thread = threading.Thread(target=count, name=f"alive in {name}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closed.set()
+        thread.join()
+        store.set(f"{name}/over", "")
+
+
+def wait_for_alive(store: dist.Store, name: str, timeout: timedelta = TIMEOUT) -> None:
+    """Return when rank 0, which opens :func:`alive` of that name, has closed it. Raises RuntimeError when it has given no sign of life
+    for ``timeout``."""
+    began = heard = time.monotonic()
+    beats = 0
+    while not store.check([f"{name}/over"]):
+        if (now := store.add(f"{name}/beats", 0)) != beats:
+            beats, heard = now, time.monotonic()
+        if time.monotonic() - heard > timeout.total_seconds():
+            raise RuntimeError(f"rank 0 has given no sign of life for {timeout.total_seconds():g} s; this rank waits for its {name}")
+        # Often while it may soon be over, seldom when many wait long.
+        time.sleep(min(1.0, 0.02 + 0.1 * (time.monotonic() - began)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .compat import record_collectives, set_group_timeout
 from .config import AXES, ParallelConfig
-from .meeting import TIMEOUT, meet_in_store, open_store
+from .meeting import TIMEOUT, alive, meet_in_store, open_store, wait_for_alive
 from .watchdog import group_timeout
 
 T = TypeVar("T")
@@ -85,16 +86,20 @@ class World:
         meshes = [] if self.meshes is None else [getattr(self.meshes, view.name) for view in fields(self.meshes)]
         return [(axis, mesh.get_group(axis)) for mesh in meshes for axis in mesh.mesh_dim_names]
 
-    def agree(self, decide: Callable[[], Any]) -> Any:
-        """What the main process decides, on every rank; what it raises is raised by all."""
+    def agree(self, decide: Callable[[], Any], name: str | None = None) -> Any:
+        """What the main process decides, on every rank; what it raises is raised by all. name: of a decision that may take longer than
+        the timeout, and is made once: the others wait for it as long as the main process is alive."""
         if self.size == 1:
             return decide()
         answer: list[Any] = [None, None]
         if self.is_main:
             try:
-                answer[0] = decide()
+                with alive(self.store, name) if name and self.store else nullcontext():
+                    answer[0] = decide()
             except (Exception, SystemExit) as error:
                 answer[1] = error
+        elif name and self.store:
+            wait_for_alive(self.store, name)
         dist.broadcast_object_list(answer, src=0)
         if answer[1] is not None:
             raise answer[1]

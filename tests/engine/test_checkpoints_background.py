@@ -112,7 +112,7 @@ def test_errors_are_heard_in_the_training_thread(writer, errors, report):
     blocked = writer.folder / "step-00000002.partial"
     blocked.write_text("")
     writer.save(2, tensors(), {})
-    while not writer.pending[0].done():
+    while not writer.pending.ended.done():
         time.sleep(0.01)
     assert not errors
     {"poll": writer.poll, "save": lambda: writer.save(3, tensors(), {}), "wait": writer.wait}[report]()
@@ -352,7 +352,7 @@ for number in range(12):
         # What the processes have heard till this step, before any of them takes the next.
         dist.all_gather_object(known, list(heard))
         assert all(k == heard for k in known), (world.rank, step, known)
-    assert writer.pending is None, "a save was not reported while steps went on"
+    assert writer.pending.reported, "a save was not reported while steps went on"
 writer.wait()
 assert len(heard) == 8, heard
 print("done", world.rank, heard, flush=True)
@@ -365,3 +365,77 @@ def test_all_processes_report_a_failed_save_in_the_same_step(tmp_path):
     # With checkpoint.on_error = "stop" a process that reports raises: one that did not would wait for it in the next collective.
     done = run_on_three(TOGETHER, tmp_path)
     assert done.stderr.count("step-00000002.old.partial cannot be removed: Device or resource busy") == 1
+
+
+LOST = """
+import sys, time, torch
+import torch.distributed as dist
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from smalt.engine import checkpoints, shard_storage
+from smalt.parallel import join_world, leave_world
+world, folder, heard = join_world("cpu"), Path(sys.argv[1]), []
+write, save = shard_storage.write_tensors, checkpoints.save_snapshot
+def stall(path, *rest):
+    if "step-00000001" in str(path) and world.rank == 1:
+        time.sleep(4)
+    return write(path, *rest)
+def fail(snapshot, partial, *rest):
+    if "step-00000003" in str(partial) and world.rank == 2:
+        raise MemoryError("no room")
+    save(snapshot, partial, *rest)
+shard_storage.write_tensors, checkpoints.save_snapshot = stall, fail
+# The processes lose each other after two seconds in a save; those of training have time.
+writer = checkpoints.CheckpointWriter(folder, 9, replace(world, timeout=timedelta(seconds=2)), heard.append)
+def train():
+    dist.all_reduce(torch.ones(1))
+    writer.poll()
+    known = [None] * world.size
+    dist.all_gather_object(known, heard)
+    assert all(k == heard for k in known), known
+for number, failed in ((1, 0), (2, 1), (3, 1), (4, 2)):
+    writer.save(number, {"model.a": torch.ones(1000), f"own.{world.rank}": torch.ones(9)}, {})
+    for _ in range(5):
+        train()
+        time.sleep(0.5)
+    assert len(heard) == failed, heard
+writer.wait()
+train()
+assert "checkpoint of step 1 could not be written" in heard[0], heard
+assert "checkpoint of step 3 could not be written" in heard[1] and ": rank 2: MemoryError: no room" in heard[1], heard
+assert sorted(p.name for p in folder.iterdir()) == ["step-00000002", "step-00000004"], list(folder.iterdir())
+print("done", world.rank, heard, flush=True)
+leave_world(world)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_lose_each_other_in_a_save_say_so_together_and_save_again(tmp_path):
+    run_on_three(LOST, tmp_path)
+
+
+def test_a_poll_does_not_wait_for_the_removal_of_a_failed_save(writer, errors, monkeypatch):
+    removed, may_end = threading.Event(), threading.Event()
+
+    def remove(path, ignore_errors=False):
+        removed.set()
+        may_end.wait(60)
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("smalt.engine.checkpoints.save_snapshot", fail)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    writer.save(1, tensors(), {})
+    assert removed.wait(60)
+    try:
+        polls = threading.Thread(target=lambda: [writer.poll() for _ in range(2)], daemon=True)
+        polls.start()
+        polls.join(10)
+        assert not polls.is_alive()
+        assert len(errors) == 1
+    finally:
+        may_end.set()
+    writer.wait()
+    assert len(errors) == 1

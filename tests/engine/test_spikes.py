@@ -209,7 +209,9 @@ def test_samples_are_named(tmp_path):
 def test_a_resumed_run_forgets_what_was_written_after_its_checkpoint(tmp_path, tiny_values):
     for step in (3, 5, 6):
         write_spike(tmp_path, step, Verdict("skip", "high"), 9.0, 30.0, [])
-    RunFolder(tmp_path, parse_config(tiny_values(), "config"), True, resume_step=5).close()
+    folder = RunFolder(tmp_path, parse_config(tiny_values(), "config"), True)
+    folder.begin(resume_step=5)
+    folder.close()
     assert [json.loads(line)["step"] for line in (tmp_path / "spikes.jsonl").read_text().splitlines()] == [3, 5]
 
 

@@ -5,13 +5,15 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from smalt.parallel.meeting import meet_in_store
+from smalt.parallel import meeting
+from smalt.parallel.meeting import alive, meet_in_store, wait_for_alive
 
 
 def meet_all(store, restarts, timeout=timedelta(seconds=20)):
@@ -48,6 +50,46 @@ def test_ranks_that_do_not_come_are_named(store):
             meet_in_store(store, 0, 4, 0, timedelta(seconds=1))
     with pytest.raises(RuntimeError, match=r"rank 0 did not come within 0\.5 s"):
         meet_in_store(store, 1, 2, 0, timedelta(seconds=0.5))
+
+
+def test_rank_0_is_waited_for_as_long_as_it_lives(store, monkeypatch):
+    monkeypatch.setattr(meeting, "SECONDS_BETWEEN_BEATS", 0.1)
+    over = []
+    with ThreadPoolExecutor(1) as pool:
+        with alive(store, "decision"):
+            waiting = pool.submit(lambda: (wait_for_alive(store.clone(), "decision", timedelta(seconds=1)), over.copy()))
+            time.sleep(2.5)
+            over.append(True)
+        assert waiting.result(20) == (None, [True])
+    with pytest.raises(RuntimeError, match=r"rank 0 has given no sign of life for 0\.5 s; this rank waits for its other decision"):
+        wait_for_alive(store, "other decision", timedelta(seconds=0.5))
+
+
+DECIDES = """
+import time
+from datetime import timedelta
+from smalt.parallel import mesh
+mesh.TIMEOUT = timedelta(seconds=5)
+world = mesh.meet()
+def decide():
+    time.sleep(7)
+    raise SystemExit("decided")
+try:
+    world.agree(decide, "launch")
+except SystemExit as answer:
+    print(answer, flush=True)
+mesh.leave_world(mesh.lay_out(world, "cpu", mesh.ParallelConfig()))
+"""
+
+
+@pytest.mark.slow
+def test_a_decision_may_take_longer_than_the_timeout(tmp_path):
+    script = tmp_path / "decides.py"
+    script.write_text(DECIDES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "decided\n" * 2
 
 
 WORKER = """

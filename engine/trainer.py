@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smalt.model import ModelConfig, MultimodalModel, build_model, count_parameters
 from smalt.parallel import FIRST_STEP, ParallelModel, Watchdog, World
-from smalt.profiling.record import TraceRecorder
+from smalt.profiling.record import TraceRecorder, recording_folder
 
 from .checkpoints import CheckpointWriter, checkpoint_before
 from .config import RunConfig
@@ -49,7 +49,8 @@ class Run:
         resume_step = self.step if self.checkpoint else None
         self.folder = world.attempt(lambda: RunFolder(launch.folder, self.config, world.is_main, resume_step, launch.lock))
         first, count = self.config.logging.trace_first, self.config.logging.trace_steps
-        self.recorder = TraceRecorder(launch.folder / TRACES, world.rank, first, count, dict(world.groups), self.step)
+        traces = world.agree(lambda: recording_folder(launch.folder / TRACES, first, count, self.step))
+        self.recorder = TraceRecorder(traces, world.rank, first, count, dict(world.groups), self.step)
         self.writer = CheckpointWriter(launch.folder / CHECKPOINTS, self.config.checkpoint.keep, world, self._checkpoint_failed)
         self.progress = RunProgress(self.config.total_steps, self.step, world.is_main)
 

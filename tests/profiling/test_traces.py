@@ -327,6 +327,19 @@ def test_bad_folders_are_named(tmp_path):
         read_traces(tmp_path)
 
 
+def test_the_recording_of_a_run(tmp_path):
+    (tmp_path / "step-00000006").mkdir()
+    write(tmp_path / "step-00000006" / "rank-00000.json.gz", document(0))
+    # A rank that was killed while it wrote.
+    (tmp_path / "step-00000006-2").mkdir()
+    (tmp_path / "step-00000006-2" / "rank-00000.json.plain").write_text("{")
+    assert [t.path for t in read_traces(tmp_path)] == [tmp_path / "step-00000006" / "rank-00000.json.gz"]
+    (tmp_path / "step-00000008").mkdir()
+    write(tmp_path / "step-00000008" / "rank-00000.json.gz", document(0))
+    with pytest.raises(TraceError, match=r"holds several recordings; give one of them: .*step-00000006, .*step-00000008$"):
+        read_traces(tmp_path)
+
+
 @pytest.mark.slow
 def test_command(tmp_path):
     write(tmp_path / "rank-00000.json.gz", document(0))

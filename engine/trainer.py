@@ -10,6 +10,7 @@ from torch import Tensor
 
 from smalt.model import ModelConfig, MultimodalModel, build_model, count_parameters
 from smalt.parallel import FIRST_STEP, ParallelModel, Watchdog, World
+from smalt.parallel.compat import gathered_axis_by_axis
 from smalt.profiling.record import TraceRecorder, recording_folder
 
 from .checkpoints import CheckpointWriter, checkpoint_before
@@ -249,7 +250,8 @@ def whole_model(model: ParallelModel, config: ModelConfig) -> MultimodalModel:
     """The model itself where one process has it as it is, else a copy with every shard gathered."""
     if model.world.meshes is None and not model.autocast:
         return model.parts[0]
-    weights: dict[str, Tensor] = model.full_state()
+    with gathered_axis_by_axis():
+        weights: dict[str, Tensor] = model.full_state()
     with torch.device("meta"):
         copy = MultimodalModel(config)
     copy.load_state_dict(weights, assign=True)

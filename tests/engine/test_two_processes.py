@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -51,7 +53,50 @@ def test_resume_on_the_other_number_of_processes(tiny_config, tmp_path, train):
 def test_packs_that_do_not_divide(tiny_config, tmp_path, train):
     done = train([tiny_config({"data.packs_per_step": 3}), "--folder", tmp_path / "run"], nproc=2, check=False)
     assert done.returncode != 0
-    assert "data.packs_per_step = 3 is not a multiple of dp 1 x fsdp 2 = 2" in done.stderr
+    assert done.stderr.count("error: data.packs_per_step = 3 is not a multiple of dp 1 x fsdp 2 = 2") == 1
+    assert "error on rank" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        ({0: "a", 1: "a"}, ["error: a"]),
+        ({0: "a", 1: "b"}, ["error on rank 1: b", "error: a"]),
+        ({1: "b"}, ["error on rank 1: b"]),
+    ],
+)
+def test_an_error_is_printed_once_and_never_lost(errors, said, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import sys, time\n"
+        "from smalt.engine.errors import UserError, tell\n"
+        "from smalt.parallel import meet\n"
+        "world = meet()\n"
+        f"errors = {errors}\n"
+        "if world.rank in errors:\n"
+        "    time.sleep(0 if world.rank else 1)\n"  # the others are first at the end
+        "    tell(UserError(errors[world.rank]), world)\n"
+        "    sys.exit(1)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert sorted(line for line in done.stderr.splitlines() if line.startswith("error")) == said
+
+
+@pytest.mark.slow
+def test_the_whole_model_is_gathered_without_a_word_of_torch(tiny_config, tmp_path, train):
+    changes = {
+        "parallel.tp": 2,
+        "model.language.num_kv_heads": 2,
+        "stages.sft": None,
+        "stages.align.steps": 1,
+        "evaluation.questions": 1,
+    }
+    done = train([tiny_config(changes), "--folder", tmp_path / "run"], nproc=2)
+    assert "suboptimal" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow

@@ -30,6 +30,8 @@ def test_names_exist():
     operators = compat._operators
     assert all(map(callable, (operators.all_gather_into_tensor, operators.reduce_scatter_tensor, operators.wait_tensor)))
     assert callable(torch.distributed.distributed_c10d._set_pg_timeout)
+    with compat.gathered_axis_by_axis():
+        pass
     assert callable(FSDPModule._set_unshard_async_op)
     # Both return what torch's recorder has, where they are: a recorder that went would leave the watchdog blind, and it would not say.
     c10d = torch._C._distributed_c10d

@@ -49,9 +49,7 @@ class Run:
         self.model: ParallelModel | None = None
         resume_step = self.step if self.checkpoint else None
         self.folder = world.attempt(lambda: RunFolder(launch.folder, self.config, world.is_main, resume_step, launch.lock))
-        first, count = self.config.logging.trace_first, self.config.logging.trace_steps
-        traces = world.agree(lambda: recording_folder(launch.folder / TRACES, first, count, self.step))
-        self.recorder = TraceRecorder(traces, world.rank, first, count, dict(world.groups), self.step)
+        self.recorder: TraceRecorder | None = None
         self.writer = CheckpointWriter(launch.folder / CHECKPOINTS, self.config.checkpoint.keep, world, self._checkpoint_failed)
         self.progress = RunProgress(self.config.total_steps, self.step, world.is_main)
 
@@ -61,7 +59,8 @@ class Run:
     def __exit__(self, *error: object) -> None:
         """Whatever ends the run: the trace is written, the terminal given back, the folder freed."""
         self.progress.close()
-        self.recorder.close()
+        if self.recorder is not None:
+            self.recorder.close()
         self.folder.close()
 
     def stages(self) -> Iterator[Stage]:
@@ -77,14 +76,23 @@ class Run:
                 stage = Stage(self.config, name, self.world, self.data, weights, checkpoint, self.step)
             self.model, weights = stage.model, None  # the last stage's weights are given up
             self.watchdog.beat(self.step, FIRST_STEP)
+            self.recorder = self._recorder()
             try:
                 yield stage
             finally:
+                # Sharded weights cannot be made while torch's profiler holds tensors; nor is that part of a step.
+                self.recorder.close()
                 stage.close()
+
+    def _recorder(self) -> TraceRecorder:
+        first, count = self.config.logging.trace_first, self.config.logging.trace_steps
+        folder = self.world.agree(lambda: recording_folder(self.folder.path / TRACES, first, count, self.step))
+        return TraceRecorder(folder, self.world.rank, first, count, dict(self.world.groups), self.step)
 
     def after_step(self, stage: Stage, batch: StepBatch, result: StepResult, seconds: float) -> bool:
         """Count, log, save, validate, evaluate: whatever is due after this step. Returns whether the run is to stop after it."""
         self.step += 1
+        assert self.recorder is not None
         self.recorder.step()
         config, last_of_stage, stop = self.config, stage.done == stage.config.steps, result.stop
         last = last_of_stage and stage.name == list(config.stages)[-1]

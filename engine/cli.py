@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from json import dumps
 from pathlib import Path
@@ -143,6 +144,7 @@ def trace(
     from smalt.profiling.trace_report import overlap_report, plot_overlap, print_overlap
     from smalt.profiling.traces import read_traces
 
+    _check_outputs(json, plot)
     traces = read_traces(folder)
     report = overlap_report(traces)
     print_overlap(report)
@@ -236,6 +238,7 @@ def overlap(rounds: int = 5, steps: int = 2, json: Path | None = None, traces: P
     """
     from smalt.profiling.bench_overlap import bench_overlap, print_report
 
+    _check_outputs(json)
     result = bench_overlap(rounds, steps, traces)
     print_report(result)
     _write_json(json, result)
@@ -299,6 +302,7 @@ def tiles(rounds: int = 7, steps: int = 1, tokens: int = 2048, tiles: int = 48, 
     from smalt.profiling.bench_tiles import bench_tiles, print_report
 
     _at_least(1, tokens=tokens, tiles=tiles)
+    _check_outputs(json)
     result = bench_tiles(rounds, steps, tokens, tiles)
     print_report(result)
     _write_json(json, result)
@@ -330,6 +334,7 @@ def check(
     from smalt.profiling.kernels.report import print_outcome, write_docs
 
     _at_least(1, jobs=jobs)
+    _check_outputs(table if write else None)
     outcome = compare(kernel, target or TARGETS, rows, table or TABLE, beside, jobs, write)
     if write and kernel is None and table is None:
         write_docs(outcome)
@@ -343,7 +348,6 @@ def traffic(write: bool = False) -> None:
     Args:
         write: Put the tables into docs/kernels.md.
     """
-    import os
     import subprocess
 
     # The interpreter needs a process of its own.
@@ -394,6 +398,17 @@ def _at_least(lowest: int, **options: float | None) -> None:
         if value is not None and not lowest <= value < math.inf:
             also = " and finite" if isinstance(value, float) else ""
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {lowest}{also}")
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    """Make the folders of files that are to be written, before what takes long. Raises UserError for one that cannot be written."""
+    for path in filter(None, paths):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error}; choose another file") from error
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"{path} is a folder, or not to be written; choose another file")
 
 
 def _write_json(path: Path | None, value: object) -> None:

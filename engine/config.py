@@ -228,6 +228,11 @@ class RunConfig(Section):
             self._check_rollback()
         if unknown := set(self.evaluation.budget_tasks) - set(self.evaluation.sources):
             raise ValueError(f"evaluation.budget_tasks names {', '.join(sorted(unknown))}, which evaluation.sources lacks")
+        first, num_steps = self.logging.trace_first, self.logging.trace_steps
+        if num_steps and (last := first + num_steps - 1) > self.total_steps:
+            raise ValueError(
+                f"logging.trace_first and trace_steps ask for steps {first} to {last}; the run ends with {self.total_steps}"
+            )
         if self.parallel.runtime == "deepspeed":
             self._check_deepspeed()
         return self

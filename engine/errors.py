@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from smalt.parallel import World
+
+_TIME_TO_TELL = timedelta(seconds=5)
+
 
 class UserError(Exception):
     """Something outside the code is wrong; the message names it, says where it is and what to do. Shown without a traceback."""
@@ -13,3 +23,24 @@ class BadRecord(Exception):
     def __init__(self, cause: str, detail: str):
         super().__init__(f"{cause}: {detail}")
         self.cause, self.detail = cause, detail
+
+
+def tell(error: UserError | BadRecord, world: World | None) -> None:
+    """Print what ends this process. The main one speaks for all that have the same to say; another rank speaks, and is named, where
+    the main one says something else, or nothing in time. world: None before the processes have met."""
+    if world is None or world.store is None:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return
+    # Torchrun's, when one process has ended: each still says what it has to say.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if world.is_main:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        world.store.set("error", str(error))
+        return
+    try:
+        world.store.wait(["error"], _TIME_TO_TELL)
+        told = world.store.get("error").decode()
+    except RuntimeError:  # not in time, or the store is gone
+        told = None
+    if told != str(error):
+        print(f"error on rank {world.rank}: {error}", file=sys.stderr, flush=True)

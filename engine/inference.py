@@ -14,6 +14,7 @@ from smalt.model import MultimodalModel, build_model
 from smalt.model.generate import Sampling
 from smalt.model.generate import generate as generate_tokens
 from smalt.parallel import alone
+from smalt.profiling.tables import print_table
 
 from .checkpoints import check_architecture, latest_checkpoint, load_tensors
 from .config import RunConfig
@@ -77,6 +78,6 @@ def evaluate_run(folder: Path, questions: int | None) -> None:
         limit = run.config.evaluation.questions if questions is None else questions
         scores = evaluate(run.model, run.data.encoder, run.data.questions, run.config.evaluation, limit, alone(run.device))
     (folder / EVALUATION).write_text(json.dumps(scores_json(scores), indent=1) + "\n")
-    console.print(scores_table(scores))
+    print_table(console, scores_table(scores))
     plot_run(read_metrics(folder), folder)
-    console.print(f"written to {folder / EVALUATION} and {folder / PLOT}")
+    console.print(f"written to {folder / EVALUATION} and {folder / PLOT}", soft_wrap=True, markup=False)

@@ -6,6 +6,9 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from smalt.profiling.tables import print_table
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -42,9 +45,12 @@ class RunProgress:
         if self.bar is not None:
             self.bar.update(self.task, description=f"evaluating {done}/{total}")
 
-    def say(self, text: object) -> None:
-        """Print a message (a path in it stays on one line) or anything that rich can draw."""
-        self.console.print(text, soft_wrap=isinstance(text, str), markup=False)
+    def say(self, what: str | Table) -> None:
+        """Print a message (a path in it stays on one line) or a table."""
+        if isinstance(what, Table):
+            print_table(self.console, what)
+        else:
+            self.console.print(what, soft_wrap=True, markup=False)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -7,7 +7,7 @@ import faulthandler
 import sys
 import time
 
-from smalt.engine.errors import BadRecord, UserError
+from smalt.engine.errors import BadRecord, UserError, tell
 from smalt.engine.launch import Launch, agree_on_launch, lay_out_run, watch
 from smalt.engine.preemption import Preemption
 from smalt.engine.trainer import Run, dry_run
@@ -27,6 +27,7 @@ def train(launch: Launch, world: World, watchdog: Watchdog, preemption: Preempti
 
 
 def main(arguments: list[str]) -> int:
+    world = None
     try:
         with Preemption() as preemption:
             world = meet()
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
                     train(launch, world, watchdog, preemption)
             leave_world(world)
     except (UserError, BadRecord) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error, world)
         return 1
     return 0
 

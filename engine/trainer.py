@@ -10,7 +10,8 @@ from torch import Tensor
 
 from smalt.model import ModelConfig, MultimodalModel, build_model, count_parameters
 from smalt.parallel import FIRST_STEP, ParallelModel, Watchdog, World
-from smalt.profiling.record import TraceRecorder
+from smalt.parallel.compat import gathered_axis_by_axis
+from smalt.profiling.record import TraceRecorder, recording_folder
 
 from .checkpoints import Checkpoint, CheckpointWriter, checkpoint_before, distrust_from
 from .config import RunConfig
@@ -48,8 +49,7 @@ class Run:
         self.last_save = False
         self.model: ParallelModel | None = None
         self.folder = world.attempt(lambda: RunFolder(launch.folder, self.config, world.is_main, launch.lock))
-        first, count = self.config.logging.trace_first, self.config.logging.trace_steps
-        self.recorder = TraceRecorder(launch.folder / TRACES, world.rank, first, count, dict(world.groups), self.step)
+        self.recorder: TraceRecorder | None = None
         self.writer = CheckpointWriter(launch.folder / CHECKPOINTS, self.config.checkpoint.keep, world, self._checkpoint_failed)
         self.progress = RunProgress(self.config.total_steps, self.step, world.is_main)
 
@@ -59,7 +59,8 @@ class Run:
     def __exit__(self, *error: object) -> None:
         """Whatever ends the run: the trace is written, the terminal given back, the folder freed."""
         self.progress.close()
-        self.recorder.close()
+        if self.recorder is not None:
+            self.recorder.close()
         self.folder.close()
 
     def stages(self) -> Iterator[Stage]:
@@ -70,12 +71,15 @@ class Run:
             with self.watchdog.pause(f"building stage {name}"):
                 stage = Stage(self.config, name, self.world, self.data, self.model, checkpoint, self.step)
             self.model = stage.model  # the last stage's weights are given up
+            self.recorder = self._recorder()
             try:
                 if name == names[0]:
                     self._begin(stage)
                 self.watchdog.beat(self.step, FIRST_STEP)
                 yield stage
             finally:
+                # Sharded weights cannot be made while torch's profiler holds tensors; nor is that part of a step.
+                self.recorder.close()
                 stage.close()
 
     def _begin(self, stage: Stage) -> None:
@@ -84,9 +88,15 @@ class Run:
         if self.checkpoint is not None:
             self.progress.say(f"goes on from {where_it_goes_on(self.checkpoint, stage)}")
 
+    def _recorder(self) -> TraceRecorder:
+        first, count = self.config.logging.trace_first, self.config.logging.trace_steps
+        folder = self.world.agree(lambda: recording_folder(self.folder.path / TRACES, first, count, self.step))
+        return TraceRecorder(folder, self.world.rank, first, count, dict(self.world.groups), self.step)
+
     def after_step(self, stage: Stage, batch: StepBatch, result: StepResult, seconds: float) -> bool:
         """Count, log, save, validate, evaluate: whatever is due after this step. Returns whether the run is to stop after it."""
         self.step += 1
+        assert self.recorder is not None
         self.recorder.step()
         config, last_of_stage, stop = self.config, stage.done == stage.config.steps, result.stop
         last = last_of_stage and stage.name == list(config.stages)[-1]
@@ -293,7 +303,8 @@ def whole_model(model: ParallelModel, config: ModelConfig) -> MultimodalModel:
     """The model itself where one process has it as it is, else a copy with every shard gathered."""
     if model.world.meshes is None and not model.autocast:
         return model.parts[0]
-    weights: dict[str, Tensor] = model.full_state()
+    with gathered_axis_by_axis():
+        weights: dict[str, Tensor] = model.full_state()
     with torch.device("meta"):
         copy = MultimodalModel(config)
     copy.load_state_dict(weights, assign=True)

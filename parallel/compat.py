@@ -6,7 +6,7 @@ import importlib
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -92,6 +92,16 @@ def launch_reduce_scatter(x: Tensor, group_name: str, size: int) -> Tensor:
 def finish(launched: Tensor) -> Tensor:
     """The same tensor when its collective is done; on a GPU the stream waits, not the host."""
     return _operators.wait_tensor(launched)
+
+
+def gathered_axis_by_axis() -> AbstractContextManager[None]:
+    """Inside, DTensor gathers a tensor that two axes cut in two collectives (``disable_redistribute_transform_optimization``).
+
+    That is all it can do with StridedShard, but newer versions look for one collective first, and warn on every rank that there is
+    none; gathers of the whole model are too few to matter.
+    """
+    module = importlib.import_module("torch.distributed.tensor._redistribute")
+    return getattr(module, "disable_redistribute_transform_optimization", nullcontext)()
 
 
 def set_group_timeout(group: ProcessGroup, timeout: timedelta) -> None:

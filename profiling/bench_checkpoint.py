@@ -20,6 +20,8 @@ from torch import Tensor
 
 from smalt.model import Document, LanguageConfig, ModelConfig, PackedBatch, VisionConfig, build_model, pack
 
+from .tables import print_table
+
 SIZES = ModelConfig(
     vision=VisionConfig(num_layers=2, width=64, num_heads=4, ffn=256, patch=4, tile=16),
     language=LanguageConfig(num_layers=6, width=384, num_heads=6, num_kv_heads=2, head_dim=64, ffn=1536, vocabulary=8192),
@@ -161,7 +163,7 @@ def print_report(result: dict[str, Any]) -> None:
         table.add_row(f"round {number}", *_cells(row))
     for name, share in (("quartile", 0.25), ("median", 0.5), ("quartile", 0.75)):
         table.add_row(name, *_cells({key: float(np.quantile([row[key] for row in rows], share)) for key in _COLUMNS}))
-    console.print(table)
+    print_table(console, table)
     shares = np.quantile([row["call_share"] for row in rows], (0.25, 0.5, 0.75))
     console.print(f"\nthe call alone is {shares[1]:.1%} ({shares[0]:.1%} to {shares[2]:.1%}) of a step")
     if late := sum(row["late"] > 0.01 for row in rows):

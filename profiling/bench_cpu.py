@@ -38,6 +38,7 @@ from smalt.kernels import IGNORE
 from smalt.model import Document, ModelConfig, MultimodalModel, PackedBatch, build_model, pack
 
 from .internvl import build_internvl, check_comparable
+from .tables import print_table
 
 ROUND_BATCHES, TURNS = 50, 10
 SEED = 0
@@ -321,13 +322,14 @@ def print_report(result: dict) -> None:
     for c in result["contestants"]:
         rate, step, rows, memory = (f"{c[key]:,.0f}" for key in ("tokens_per_s", "tokens_per_step", "rows_per_s", "peak_mib"))
         table.add_row(c["name"], rate, step, f"{c['fill']:.1%}", rows, memory)
-    console.print(table, "")
+    print_table(console, table)
+    console.print()
     table = Table("smalt over", "total (quartiles)", "= fill", "x speed per row", "memory", box=None)
     peak = {c["name"]: c["peak_mib"] for c in result["contestants"]}
     for r in result["ratios"]:
         total, speed = (f"{mid:.2f} ({low:.2f}-{high:.2f})" for low, mid, high in (r["total"], r["speed"]))
         table.add_row(r["to"], total, f"{r['fill'][1]:.2f}", speed, f"{peak[r['of']] / peak[r['to']]:.2f}")
-    console.print(table)
+    print_table(console, table)
 
 
 if __name__ == "__main__":

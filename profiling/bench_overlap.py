@@ -43,6 +43,7 @@ from smalt.parallel.mesh import World, build_meshes
 
 from .processes import PROCESSES, run_module
 from .record import TraceRecorder
+from .tables import print_table
 from .trace_report import overlap_report
 from .traces import read_traces
 
@@ -209,20 +210,20 @@ def print_report(result: dict[str, Any]) -> None:
     times = Table("", *(Column(k.removesuffix("_ms"), justify="right") for k in keys), title=title)
     for c in contestants:
         times.add_row(c["name"], *(_spread(c[k], ".0f") for k in keys))
-    console.print(times)
+    print_table(console, times)
     sharded, context = ([c for c in contestants if c["axis"] == axis] for axis in ("fsdp", "cp"))
     title = "collectives in flight during compute, of all of a step"
     counts = Table("", *(Column(c["name"], justify="right", no_wrap=True) for c in sharded), title=title)
     for name in dict.fromkeys(name for c in sharded for name in c["collectives"]):
         counts.add_row(name, *(_count(c["collectives"].get(name)) for c in sharded))
-    console.print(counts)
+    print_table(console, counts)
     title = "the same of cp, and milliseconds of a step in which they are in flight without compute"
     names = ("all_gather", "without compute", "reduce_scatter", "without compute")
     parts = Table("", *(Column(n, justify="right") for n in names), title=title)
     for c in context:
         found = [c["collectives"][name] for name in ("all_gather, cp", "reduce_scatter, cp")]
         parts.add_row(c["name"], *(cell for f in found for cell in (_count(f), _spread(f["exposed_ms"], ".0f"))))
-    console.print(parts)
+    print_table(console, parts)
 
 
 def _count(found: dict[str, Any] | None) -> str:

@@ -36,6 +36,7 @@ from smalt.parallel import ParallelConfig, ParallelModel
 from smalt.parallel.mesh import World, build_meshes
 
 from .processes import PROCESSES, run_module
+from .tables import print_table
 
 # 16 tokens a tile; with 48 tiles in 2,048 tokens a third of the FLOPs is vision.
 MODEL = ModelConfig(
@@ -168,13 +169,13 @@ def print_report(result: dict[str, Any]) -> None:
     for row in result["axes"]:
         keys = ("shared_seconds", "replicated_seconds", "seconds_ratio", "cpu_seconds_ratio")
         measured.add_row(f"{row['axis']} {setting['processes']}", *(_spread(row[k]) for k in keys), f"{row['flops_ratio']:.2f}")
-    console.print(measured)
+    print_table(console, measured)
     columns = [Column(n, justify="right") for n in ("tiles", "image rows", "vision", *(f"cp {n}" for n in PAPER_CP))]
     ratios = Table("documents of", *columns, title=f"ratio of FLOPs, {PAPER}, {PAPER_TOKENS:,} tokens")
     for row in result["paper"]:
         shares = f"{row['image_rows'] / row['tokens']:.0%}", f"{row['vision_share']:.0%}"
         ratios.add_row(f"{row['document']:,}", str(row["tiles"]), *shares, *(f"{r:.2f}" for r in row["ratios"].values()))
-    console.print(ratios)
+    print_table(console, ratios)
 
 
 def _spread(quartiles: Sequence[float]) -> str:

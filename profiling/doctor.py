@@ -61,6 +61,8 @@ def print_doctor(checks: list[Check]) -> int:
     from rich.markup import escape
     from rich.table import Table
 
+    from .tables import print_table
+
     colours = {"ok": "green", "warning": "yellow", "error": "bold red", "absent": "dim"}
     table = Table.grid(padding=(0, 2))
     for c in checks:
@@ -68,7 +70,7 @@ def print_doctor(checks: list[Check]) -> int:
         table.add_row(f"[{colours[c.status]}]{c.status}[/]", escape(c.name), escape(c.detail) + advice)
     counts = {status: sum(c.status == status for c in checks) for status in colours}
     console = Console()
-    console.print(table)
+    print_table(console, table)
     console.print(", ".join(f"{n} {status}" for status, n in counts.items()))
     return 1 if counts["error"] else 0
 

@@ -22,6 +22,8 @@ from smalt.parallel.compat import fake_process_group
 from smalt.parallel.layout import local_part
 from smalt.parallel.mesh import build_meshes
 
+from .tables import print_table
+
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "parallel.md"
 MARKS = "<!-- smalt memory -->", "<!-- end -->"
 GIB = 2**30
@@ -126,7 +128,7 @@ def print_memory(rows: list[list[str]]) -> None:
         table.add_column(column, justify="left" if i in (0, 2) else "right")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, width=140).print(table)
+    print_table(Console(highlight=False), table)
 
 
 def write_docs(rows: list[list[str]], path: Path = DOCS) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import sys
 import time
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,25 @@ STEP = "smalt step "
 """A recorded step is an annotation of this name and its number."""
 
 
+def recording_folder(folder: Path, first_step: int, num_steps: int, done: int) -> Path:
+    """Where a run that goes on after step ``done`` puts its recording, not yet made: ``folder/step-00000006``, by its first step.
+
+    A run that was killed and goes on takes steps again, perhaps on other ranks: where they have been recorded before, the name goes on
+    with -2, so that no folder holds files of two lives. Asked-for steps that are over and were never recorded are named on stderr.
+    """
+    first, last = max(first_step, done + 1), first_step + num_steps - 1
+    if num_steps and done >= first_step and not (folder / _name(first_step)).exists():
+        rest = f"only {first} to {last} are" if first <= last else "none is"
+        said = f"steps {first_step} to {last} were to be recorded (logging.trace_steps); the run goes on after step {done}: {rest}"
+        print(f"warning: {said}", file=sys.stderr, flush=True)
+    names = (_name(first) + (f"-{life}" if life > 1 else "") for life in count(1))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 class TraceRecorder:
     """Records steps ``first_step`` to ``first_step + num_steps - 1`` into ``folder/rank-00003.json.gz``.
 
@@ -28,7 +49,7 @@ class TraceRecorder:
 
     axes: process groups by the name of their mesh axis. A group that is not among them is named by its description, which DeviceMesh
     sets to ``mesh_NAME``; a mesh whose axis spans all ranks may have the default group, which only this can name. Of several names of
-    one group the first counts. done: steps taken before (a resumed run); if the first step is past, the next ones are recorded.
+    one group the first counts. done: steps taken before (a resumed run): of those to be recorded only later ones are.
 
     On a GPU the device is synchronised before the first and at the end of the last recorded step, so that they hold their kernels.
     Profiling costs time, of which short operations feel most: a recorded step is slower than others.
@@ -38,8 +59,9 @@ class TraceRecorder:
         self, folder: Path, rank: int, first_step: int, num_steps: int,
         axes: Mapping[str, dist.ProcessGroup] | None = None, done: int = 0,
     ):  # fmt: skip
-        self.path, self.rank, self.num_steps = folder / f"rank-{rank:05d}.json.gz", rank, num_steps
-        self.first, self.done, self.axes = max(first_step, done + 1), done, axes or {}
+        self.path, self.rank, self.done, self.axes = folder / f"rank-{rank:05d}.json.gz", rank, done, axes or {}
+        self.first = max(first_step, done + 1)
+        self.num_steps = max(0, first_step + num_steps - self.first)
         self.profiler: profile | None = None
         self.annotation: record_function | None = None
         self.launches: list[dict[str, Any]] = []
@@ -101,7 +123,8 @@ class TraceRecorder:
         self.profiler.add_metadata_json("smalt", json.dumps(self._metadata()))
         self.profiler.stop_trace()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        plain, packed = self.path.with_suffix(""), self.path.with_suffix(".partial")
+        # Names that no reader takes for a trace.
+        plain, packed = self.path.with_suffix(".plain"), self.path.with_suffix(".partial")
         self.profiler.export_chrome_trace(str(plain))
         with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=4) as target:
             shutil.copyfileobj(source, target)

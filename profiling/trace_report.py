@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
+from .tables import print_table
 from .traces import Collective, Interval, RankTrace, intersection, length, union
 
 MAX_LABELS, MAX_RANKS_DRAWN = 12, 8
@@ -109,24 +111,29 @@ def print_overlap(report: dict[str, Any], console: Console | None = None) -> Non
     for name, row in [*((str(r["rank"]), r) for r in report["ranks"]), ("all", together)]:
         figures = (row[k] for k in ("window", "compute", "communication", "covered", "exposed", "idle"))
         times.add_row(name, *(_ms(f, row) for f in figures))
-    console.print(times)
-    console.print(_table("By axis and kind", ("axis", "kind"), together["kinds"], together))
+    print_table(console, times)
+    print_table(console, _table("By axis and kind", together["kinds"], together))
     labels = [row for row in together["labels"] if row["label"]]
     if labels:
         title = f"Most exposed, by annotation ({min(MAX_LABELS, len(labels))} of {len(labels)})"
-        console.print(_table(title, ("axis", "kind", "label"), labels[:MAX_LABELS], together))
+        print_table(console, _table(title, labels[:MAX_LABELS], together))
     if together["estimated"]:
         console.print(f"{together['estimated']} collectives end, or are of an axis, by estimate (profiling/traces.py says which)")
 
 
-def _table(title: str, names: tuple[str, ...], rows: list[Figures], of: Figures) -> Table:
+def _table(title: str, rows: list[Figures], of: Figures) -> Table:
     # "overlaps": how many of them were in flight while the rank computed.
     figures = ("count", "overlaps", "MB", "total", "covered", "exposed")
-    table = Table(*(Column(n, no_wrap=n != "label") for n in names), *(_right(n) for n in figures), title=title)
+    table = Table("axis", "kind", *(_right(n) for n in figures), title=title, title_justify="left", box=None)
+    labelled = "label" in rows[0] if rows else False
+    if labelled:
+        # Last: on a narrow terminal it is what goes on in the next line.
+        table.add_column("annotation", no_wrap=True)
     for row in rows:
         count, overlapped = (f"{row[k] / of['num_steps']:.4g}" for k in ("count", "overlapped"))
         size = f"{row['bytes'] / 1e6 / of['num_steps']:.3f}"
-        table.add_row(*(row[n] for n in names), count, overlapped, size, *(_ms(row[k], of) for k in ("total", "covered", "exposed")))
+        times = (_ms(row[k], of) for k in ("total", "covered", "exposed"))
+        table.add_row(row["axis"], row["kind"], count, overlapped, size, *times, *([escape(row["label"])] if labelled else []))
     return table
 
 

@@ -122,13 +122,16 @@ def intersection(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]
 
 
 def read_traces(folder: Path) -> list[RankTrace]:
-    """The traces of a folder (``rank-*.json.gz``, ``*.pt.trace.json``, each packed or plain), by rank. Raises TraceError."""
+    """The traces of a folder (``rank-*.json.gz``, ``*.pt.trace.json``, each packed or plain), by rank. A folder that holds none may
+    hold one folder of them, as a run names it (``step-00000006``). Raises TraceError."""
     if not folder.is_dir():
         raise TraceError(f"{folder} is not a folder; give the one that the traces were written to")
-    paths = sorted({path for pattern in PATTERNS for path in folder.glob(pattern)})
-    if not paths:
+    recordings = [folder] if _paths(folder) else [held for held in sorted(folder.glob("step-*")) if _paths(held)]
+    if not recordings:
         raise TraceError(f"{folder} holds no trace ({', '.join(PATTERNS)}); record one with logging.trace_steps")
-    traces = sorted((read_trace(path) for path in paths), key=lambda t: t.rank)
+    if len(recordings) > 1:
+        raise TraceError(f"{folder} holds several recordings; give one of them: {', '.join(map(str, recordings))}")
+    traces = sorted((read_trace(path) for path in _paths(recordings[0])), key=lambda t: t.rank)
     for before, after in pairwise(traces):
         if before.rank == after.rank:
             raise TraceError(f"{before.path} and {after.path} are both of rank {after.rank}; a folder holds one trace a rank")
@@ -138,6 +141,10 @@ def read_traces(folder: Path) -> list[RankTrace]:
             "remove the older files"
         )
     return traces
+
+
+def _paths(folder: Path) -> list[Path]:
+    return sorted({path for pattern in PATTERNS for path in folder.glob(pattern)})
 
 
 def read_trace(path: Path) -> RankTrace:

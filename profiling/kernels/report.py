@@ -81,14 +81,16 @@ def print_outcome(outcome: Outcome) -> int:
     from rich.markup import escape
     from rich.table import Table
 
+    from ..tables import print_table
+
     console = Console()
     for target, rows in _tables(outcome):
         table = Table(title=target, title_justify="left", box=None, padding=(0, 1))
         for name, _ in _COLUMNS:
-            table.add_column(name, overflow="fold", no_wrap=name == "kernel")
+            table.add_column(name, no_wrap=name == "kernel")
         for row in rows:
             table.add_row(*(escape(str(value(row))) for _, value in _COLUMNS), style="dim" if "library" in row else None)
-        console.print(table)
+        print_table(console, table)
     for library in outcome.absent:
         console.print(f"{library}: not installed")
     for note in outcome.notes:

@@ -79,6 +79,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(refusal, key, neares
         ({"stages.sft.trainable": {"visoin": 1.0}}, ["stages.sft", "trainable names visoin", "vision, projector, language"]),
         ({"stages.sft.trainable": {"vision": 0.0}}, ["stages.sft", "no part with a learning rate above 0"]),
         ({"stages.sft.trainable": {"vision": -1.0}}, ["stages.sft.trainable.vision", "-1.0"]),
+        ({"logging": {"trace_first": 5, "trace_steps": 4}}, ["trace_first and trace_steps ask for steps 5 to 8; the run ends with 7"]),
         (
             {"parallel": {"pp": 2, "schedule": "zero_bubble"}, "stages.sft.reshard_after_forward": True},
             ["stages.sft with the section parallel", "loses gradients"],

@@ -1,6 +1,9 @@
 """Two processes compute what one computes."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -50,7 +53,72 @@ def test_resume_on_the_other_number_of_processes(tiny_config, tmp_path, train):
 def test_packs_that_do_not_divide(tiny_config, tmp_path, train):
     done = train([tiny_config({"data.packs_per_step": 3}), "--folder", tmp_path / "run"], nproc=2, check=False)
     assert done.returncode != 0
-    assert "data.packs_per_step = 3 is not a multiple of dp 1 x fsdp 2 = 2" in done.stderr
+    assert done.stderr.count("error: data.packs_per_step = 3 is not a multiple of dp 1 x fsdp 2 = 2") == 1
+    assert "error on rank" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        ({0: "a", 1: "a"}, ["error: a"]),
+        ({0: "a", 1: "b"}, ["error on rank 1: b", "error: a"]),
+        ({1: "b"}, ["error on rank 1: b"]),
+    ],
+)
+def test_an_error_is_printed_once_and_never_lost(errors, said, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import sys, time\n"
+        "from smalt.engine.errors import UserError, tell\n"
+        "from smalt.parallel import meet\n"
+        "world = meet()\n"
+        f"errors = {errors}\n"
+        "if world.rank in errors:\n"
+        "    time.sleep(0 if world.rank else 1)\n"  # the others are first at the end
+        "    tell(UserError(errors[world.rank]), world)\n"
+        "    sys.exit(1)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert sorted(line for line in done.stderr.splitlines() if line.startswith("error")) == said
+
+
+@pytest.mark.slow
+def test_the_whole_model_is_gathered_without_a_word_of_torch(tiny_config, tmp_path, train):
+    changes = {
+        "parallel.tp": 2,
+        "model.language.num_kv_heads": 2,
+        "stages.sft": None,
+        "stages.align.steps": 1,
+        "evaluation.questions": 1,
+    }
+    done = train([tiny_config(changes), "--folder", tmp_path / "run"], nproc=2)
+    assert "suboptimal" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_elsewhere_leaves_the_traces_of_its_first_life_alone(tiny_config, tmp_path, train):
+    changes = {"logging.trace_first": 3, "logging.trace_steps": 3, "checkpoint.every": 2, "checkpoint.keep": 9, "evaluation": {}}
+    config, folder = tiny_config(changes), tmp_path / "run"
+    train([config, "--folder", folder], nproc=2)
+    before = {path: path.read_bytes() for path in (folder / "traces").glob("*/*")}
+    # As if killed after step 5, and once more after step 3: what goes on takes steps 5 to 7, and then 3 to 7.
+    for killed_after, nproc in ((5, 1), (3, 2)):
+        for checkpoint in (folder / "checkpoints").glob("step-*"):
+            if int(checkpoint.name[5:]) > killed_after:
+                shutil.rmtree(checkpoint)
+        train([config, "--folder", folder, "--resume"], nproc=nproc)
+    assert {path: path.read_bytes() for path in before} == before
+    found = {path.name: read_traces(path) for path in (folder / "traces").iterdir()}
+    steps = {name: [[number for number, _, _ in trace.steps] for trace in traces] for name, traces in found.items()}
+    # Step 3 is the last of its stage, and a recording is of one stage.
+    assert steps == {
+        "step-00000003": [[3]] * 2, "step-00000004": [[4, 5]] * 2, "step-00000005": [[5]],
+        "step-00000003-2": [[3]] * 2, "step-00000004-2": [[4, 5]] * 2,
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -31,6 +31,8 @@ def test_names_exist():
     operators = compat._operators
     assert all(map(callable, (operators.all_gather_into_tensor, operators.reduce_scatter_tensor, operators.wait_tensor)))
     assert callable(torch.distributed.distributed_c10d._set_pg_timeout)
+    with compat.gathered_axis_by_axis():
+        pass
     assert callable(FSDPModule._set_unshard_async_op)
     assert callable(FSDPModule._get_fsdp_state)
     assert callable(FSDPParam.accumulate_unsharded_grad_if_needed)

@@ -327,16 +327,34 @@ def test_bad_folders_are_named(tmp_path):
         read_traces(tmp_path)
 
 
+def test_the_recording_of_a_run(tmp_path):
+    (tmp_path / "step-00000006").mkdir()
+    write(tmp_path / "step-00000006" / "rank-00000.json.gz", document(0))
+    # A rank that was killed while it wrote.
+    (tmp_path / "step-00000006-2").mkdir()
+    (tmp_path / "step-00000006-2" / "rank-00000.json.plain").write_text("{")
+    assert [t.path for t in read_traces(tmp_path)] == [tmp_path / "step-00000006" / "rank-00000.json.gz"]
+    (tmp_path / "step-00000008").mkdir()
+    write(tmp_path / "step-00000008" / "rank-00000.json.gz", document(0))
+    with pytest.raises(TraceError, match=r"holds several recordings; give one of them: .*step-00000006, .*step-00000008$"):
+        read_traces(tmp_path)
+
+
 @pytest.mark.slow
 def test_command(tmp_path):
     write(tmp_path / "rank-00000.json.gz", document(0))
     command = [sys.executable, "-m", "smalt.engine.cli", "trace", str(tmp_path)]
-    options = ["--json", str(tmp_path / "overlap.json"), "--plot", str(tmp_path / "overlap.png")]
+    options = ["--json", str(tmp_path / "new" / "overlap.json"), "--plot", str(tmp_path / "overlap.png")]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "1 of 2 ranks" in done.stdout
-    assert json.loads((tmp_path / "overlap.json").read_text())["together"]["covered"] == pytest.approx(50e-6)
+    assert json.loads((tmp_path / "new" / "overlap.json").read_text())["together"]["covered"] == pytest.approx(50e-6)
     assert (tmp_path / "overlap.png").exists()
+    for option in ("--json", "--plot"):
+        for path, said in ((tmp_path / "new", "is a folder"), (tmp_path / "overlap.png" / "x", "cannot be written: ")):
+            done = subprocess.run([*command, option, str(path)], capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+            assert done.stderr.startswith(f"error: {path} {said}")
     (tmp_path / "rank-00000.json.gz").write_bytes(b"")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from smalt.profiling.bench_overlap import bench_overlap, print_report
-from smalt.profiling.record import TraceRecorder
+from smalt.profiling.record import TraceRecorder, recording_folder
 from smalt.profiling.trace_report import overlap_report
 from smalt.profiling.traces import intersection, read_traces
 
@@ -29,12 +29,34 @@ def record(folder, steps, **options):
 def test_steps_that_are_recorded(tmp_path):
     assert record(tmp_path / "a", 6, first_step=2, num_steps=3) == [2, 3, 4]
     assert record(tmp_path / "b", 3, first_step=1, num_steps=1) == [1]
-    assert record(tmp_path / "c", 6, first_step=2, num_steps=2, done=7) == [8, 9]
+    assert record(tmp_path / "c", 6, first_step=2, num_steps=3, done=2) == [3, 4]
+    assert record(tmp_path / "d", 6, first_step=2, num_steps=2, done=3) is None
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["rank-00000.json.gz"]
     trace = read_traces(tmp_path / "a")[0]
     assert (trace.rank, trace.world_size, trace.device) == (0, 1, "cpu")
     # Each step has its product.
     assert all(intersection(trace.compute, [(start, end)]) for _, start, end in trace.steps)
+
+
+def test_every_life_of_a_run_has_a_folder_of_its_own(tmp_path, capsys):
+    def begins(done):
+        return recording_folder(tmp_path, 6, 3, done).name
+
+    assert begins(0) == "step-00000006"
+    (tmp_path / "step-00000006").mkdir()
+    # Killed, and gone on from a checkpoint: of step 7, of step 5, and so once more.
+    assert begins(7) == "step-00000008"
+    assert begins(5) == "step-00000006-2"
+    (tmp_path / "step-00000006-2").mkdir()
+    assert begins(0) == "step-00000006-3"
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("num_steps", "done", "said"), [(3, 6, "only 7 to 8 are"), (3, 8, "none is"), (3, 5, None), (0, 9, None)])
+def test_steps_that_are_over_and_were_not_recorded_are_named(tmp_path, capsys, num_steps, done, said):
+    recording_folder(tmp_path, 6, num_steps, done)
+    warned = f"warning: steps 6 to 8 were to be recorded (logging.trace_steps); the run goes on after step {done}: {said}\n"
+    assert capsys.readouterr().err == (warned if said else "")
 
 
 def test_runs_that_end_early(tmp_path):

@@ -14,6 +14,7 @@ from smalt.profiling.record import TraceRecorder
 
 from .checkpoints import CheckpointWriter, checkpoint_before
 from .config import RunConfig
+from .data.agreement import Account, Entry, read_alike
 from .data.chat import ChatEncoder, ImageShape
 from .data.images import ImageLimits
 from .data.loader import StepBatch
@@ -41,7 +42,7 @@ class Run:
         self.config, self.world, self.checkpoint = launch.config, world, launch.checkpoint
         self.watchdog, self.preemption = watchdog, preemption
         _check_layout(self.config, world)
-        self.data = open_data(self.config)
+        self.data = open_alike(self.config, world)
         self.step = self.checkpoint.step if self.checkpoint else 0
         self.counters: Counter[str] = Counter(self.checkpoint.state["counters"] if self.checkpoint else {})
         self.bad_steps, self.last_save = 0, False
@@ -222,11 +223,21 @@ def open_data(config: RunConfig) -> RunData:
     return RunData(encoder, open_sources(data.sources), open_sources(data.validation), open_sources(config.evaluation.sources))
 
 
+def open_alike(config: RunConfig, world: World) -> RunData:
+    """:func:`open_data` on every rank. Raises UserError where one has a source of another length, from which another order follows."""
+
+    def lengths(data: RunData) -> Account:
+        kinds = {"data.sources": data.sources, "data.validation": data.validation, "evaluation.sources": data.questions}
+        return Account.of([Entry(f"{k}.{n}", f"{len(s)} records long") for k, sources in kinds.items() for n, s in sources.items()])
+
+    return read_alike(world, "before the first step", lambda: open_data(config), lengths)
+
+
 def dry_run(launch: Launch, world: World) -> str:
     """Build everything that a run builds, leave no folder, and say what would run."""
     config = launch.config
     _check_layout(config, world)
-    data = open_data(config)
+    data = open_alike(config, world)
     stage = Stage(config, next(iter(config.stages)), world, data, None, None)
     batch = next(stage.batches())
     stage.close()

@@ -17,8 +17,10 @@ from smalt.model.generate import Sampling, generate
 from smalt.parallel import World
 
 from .config import EvaluationConfig
+from .data.agreement import Account, Entry, read_alike
 from .data.chat import ChatEncoder, Mode, split_thought
 from .data.records import ParquetRecords, Record
+from .data.stream import SkippedSample
 from .errors import BadRecord, UserError
 
 
@@ -66,7 +68,12 @@ def evaluate(
     scores = []
     for number, (task, mode, budget, shuffled) in enumerate(conditions):
         progress(number, len(conditions))
-        asked = _questions(records[task], encoder, questions, mode, budget, shuffled)
+        asked, _ = read_alike(
+            world,
+            f"evaluation source {task!r}",
+            lambda: _questions(records[task], encoder, questions, mode, budget, shuffled),  # noqa: B023 - called at once
+            lambda found: found[1],
+        )
         if not asked:
             continue  # no two questions can exchange their images
         outcomes = _answer(model, encoder, asked[world.rank :: world.size], config)
@@ -91,20 +98,24 @@ def _conditions(config: EvaluationConfig):
 
 def _questions(
     records: ParquetRecords, encoder: ChatEncoder, limit: int, mode: Mode, budget: int | None, shuffled: bool
-) -> list[_Question]:
+) -> tuple[list[_Question], Account]:
     """The first questions; a bad record is left out of every condition alike, and so of the number of questions that is reported."""
-    asked, usable = [], []
+    asked, usable, read = [], [], []
     for i in range(min(limit, len(records))):
         try:
-            asked.append(_question(records[i], encoder, mode, budget))
-            usable.append(records[i])
-        except BadRecord:
+            record = records[i]
+            question = _question(record, encoder, mode, budget)
+        except BadRecord as error:
+            read.append(Entry.of(SkippedSample(records.name, i, error.cause, error.detail)))
             continue
+        asked.append(question)
+        usable.append(record)
+        read.append(Entry.of(question.prompt, question.truth.encode()))
     if not asked:
         raise UserError(f"evaluation source {records.name!r}: none of the first {limit} records is a usable question with an answer")
     if shuffled:
-        return [_question(record, encoder, mode, budget) for record in _with_images_of_others(usable)]
-    return asked
+        asked = [_question(record, encoder, mode, budget) for record in _with_images_of_others(usable)]
+    return asked, Account.of(read)
 
 
 def _question(record: Record, encoder: ChatEncoder, mode: Mode, budget: int | None) -> _Question:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +19,12 @@ from smalt.parallel.deepspeed import DeepSpeedModel
 
 from .checkpoints import Checkpoint, load_tensors
 from .config import RunConfig
+from .data.agreement import read_alike
 from .data.chat import ChatEncoder
 from .data.loader import Loader, StepBatch
 from .data.packing import Packer, PackerState
 from .data.records import ParquetRecords
-from .data.stream import Presentation, grain, sample_stream
+from .data.stream import Presentation, grain, sample_stream, source_shares
 from .data.validation import ValidationSet
 from .errors import UserError
 from .memory import explain_out_of_memory
@@ -77,8 +80,10 @@ class Stage:
         torch.manual_seed(config.seed)
         self.model, self.optimizer = self._build(data, before)
         self.done, self.loader_state = 0, PackerState()
+        self.order = stream_order(config, name, data)
         if checkpoint is not None:
-            self.done, self.loader_state = checkpoint.state["stage_step"], PackerState(**checkpoint.state["loader"])
+            self.done = checkpoint.state["stage_step"]
+            self.loader_state = loader_state(checkpoint.state, self.order, config.data.long_documents == "split", world)
             # The random state of a process means nothing on another layout; order and initial weights do not use it.
             self._load(checkpoint, random_state=checkpoint.state["processes"] == world.size)
         self.rule = SpikeRule(config.spikes, checkpoint.state.get("spikes") if checkpoint else None)
@@ -102,7 +107,8 @@ class Stage:
                 zero.copy_weights(before)
             groups = parameter_groups(zero.skeleton, self.config, config.optimizer)
             return zero, zero.start(groups, self.config.learning_rate, config.optimizer.betas, config.optimizer.eps)
-        work = typical_work(config, self.name, data) if world.parallel.pp > 1 else None
+        # Of one process: ranks that cut the layers at different places would wait for each other for ever.
+        work = world.agree(lambda: typical_work(config, self.name, data)) if world.parallel.pp > 1 else None
         model = ParallelModel(*common, work, autocast)
         if before is not None:
             model.copy_weights(before)
@@ -133,9 +139,10 @@ class Stage:
         return Loader(packer, self.world.replica, self.world.num_replicas, attention, tile, config.data.prefetch)
 
     def batches(self) -> Iterator[StepBatch]:
-        """What is left of the stage, step by step."""
+        """What is left of the stage, step by step. Raises UserError, on all ranks, when they have not read the same."""
         while self.done < self.config.steps:
-            yield next(self.loader)
+            step = f"step {self.first_step + self.done + 1}"
+            yield read_alike(self.world, step, lambda: next(self.loader), lambda batch: batch.account)
 
     def train_step(self, batch: StepBatch, asked_to_stop: bool = False) -> StepResult:
         """Forward and backward over this replica's packs, one reduction, clip, and, unless it is to be skipped, the update.
@@ -201,6 +208,7 @@ class Stage:
             "stage": self.name,
             "stage_step": self.done,
             "loader": asdict(self.loader_state),
+            "order": self.order,
             "processes": self.world.size,
             "spikes": self.rule.state(),
         }
@@ -209,6 +217,35 @@ class Stage:
         """End the loader's thread; the model keeps its weights."""
         self.loader.close()
         self.model.close()
+
+
+def stream_order(config: RunConfig, name: str, data: RunData) -> dict[str, Any]:
+    """What the order of a stage's samples follows from: seed, number of the stage, and [name, records, share] of each source."""
+    shares = source_shares(config.stages[name].mixture)
+    sources = [[source, len(data.sources[source]), share] for source, share in shares.items()]
+    return {"seed": config.seed, "stage": list(config.stages).index(name), "sources": sources}
+
+
+def loader_state(saved: Mapping[str, Any], order: dict[str, Any], splits: bool, world: World) -> PackerState:
+    """Where the loader goes on. saved: of a checkpoint. What cannot be exact is said once: where the order has changed, what the
+    cursor counts and what was carried are of another one."""
+    state, before = PackerState(**saved["loader"]), saved.get("order", order)  # version 0.2 did not save it
+    stage, said = f"stage {saved['stage']!r}", ""
+    if before != order:
+        changed = ", ".join(f"{key}: {before[key]}, now {value}" for key, value in order.items() if before[key] != value)
+        said = (
+            f"{stage} goes on at sample {state.cursor} of another order than that of its checkpoint ({changed}): some records come "
+            f"again and others never; {len(state.carried)} documents that waited for a pack are given up"
+        )
+        state = PackerState(state.cursor)
+    elif splits and any(len(entry) == 2 for entry in state.carried):
+        said = (
+            f"the checkpoint of {stage} counts pieces of split documents, as version 0.2 did: they are the right ones if its "
+            "sequence_length is as it was"
+        )
+    if said and world.is_main:
+        print(f"warning: {said}", file=sys.stderr, flush=True)
+    return state
 
 
 def stage_stream(config: RunConfig, name: str, data: RunData) -> grain.MapDataset:

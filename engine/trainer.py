@@ -15,6 +15,7 @@ from smalt.profiling.record import TraceRecorder, recording_folder
 
 from .checkpoints import Checkpoint, CheckpointWriter, checkpoint_before, distrust_from
 from .config import RunConfig
+from .data.agreement import Account, Entry, read_alike
 from .data.chat import ChatEncoder, ImageShape
 from .data.images import ImageLimits
 from .data.loader import StepBatch
@@ -42,7 +43,7 @@ class Run:
         self.config, self.world, self.checkpoint = launch.config, world, launch.checkpoint
         self.watchdog, self.preemption = watchdog, preemption
         _check_layout(self.config, world)
-        self.data = open_data(self.config)
+        self.data = open_alike(self.config, world)
         self.step = self.checkpoint.step if self.checkpoint else 0
         self.counters: Counter[str] = Counter(self.checkpoint.state["counters"] if self.checkpoint else {})
         self.bad_steps: int = self.checkpoint.state.get("bad_steps", 0) if self.checkpoint else 0
@@ -255,11 +256,21 @@ def open_data(config: RunConfig) -> RunData:
     return RunData(encoder, open_sources(data.sources), open_sources(data.validation), open_sources(config.evaluation.sources))
 
 
+def open_alike(config: RunConfig, world: World) -> RunData:
+    """:func:`open_data` on every rank. Raises UserError where one has a source of another length, from which another order follows."""
+
+    def lengths(data: RunData) -> Account:
+        kinds = {"data.sources": data.sources, "data.validation": data.validation, "evaluation.sources": data.questions}
+        return Account.of([Entry(f"{k}.{n}", f"{len(s)} records long") for k, sources in kinds.items() for n, s in sources.items()])
+
+    return read_alike(world, "before the first step", lambda: open_data(config), lengths)
+
+
 def dry_run(launch: Launch, world: World) -> str:
     """Build everything that a run builds, leave no folder, and say what would run."""
     config = launch.config
     _check_layout(config, world)
-    data = open_data(config)
+    data = open_alike(config, world)
     checkpoint = launch.checkpoint
     stage = Stage(config, stages_left(config, checkpoint)[0], world, data, None, checkpoint, checkpoint.step if checkpoint else 0)
     batch = next(stage.batches(), None)

@@ -111,6 +111,22 @@ class World:
         self.agree(lambda: made.append(act()))
         return made[0] if made else act()
 
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def is_same(self, number: int) -> bool:
+        """Whether every rank has this number, of 63 bits, in one small exchange between CPUs."""
+        if self.size == 1:
+            return True
+        bounds = torch.tensor([number, -number])
+        dist.all_reduce(bounds, dist.ReduceOp.MAX)
+        return bool(bounds[0] == -bounds[1])
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in place, the same bits on each."""
         if self.meshes is not None:

@@ -13,6 +13,7 @@ from PIL import UnidentifiedImageError
 
 from ..errors import BadRecord
 from .records import Image
+from .retry import with_retries
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
@@ -69,8 +70,8 @@ def _read(image: Image, limits: ImageLimits) -> bytes:
         try:
             if path.exists() and not path.is_file():
                 raise BadRecord("missing image", f"{image} is not a file")
-            size = path.stat().st_size
-            data = path.read_bytes() if size <= limits.max_bytes else b""
+            size = with_retries(path.stat).st_size
+            data = with_retries(path.read_bytes) if size <= limits.max_bytes else b""
         except (OSError, ValueError) as error:  # ValueError: a path with a null byte
             raise BadRecord("missing image", f"{str(image)!r:.200}: {error}") from error
     if size > limits.max_bytes:

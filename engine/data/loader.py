@@ -11,13 +11,15 @@ from typing import Literal
 
 from smalt.model import Document, PackedBatch, pack
 
+from .agreement import Account
 from .packing import Packer, PackerState, StepPlan
 from .stream import SampleId, SkippedSample
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one optimiser step needs. Counts and ``samples`` are of the whole step, over all ranks; ``packs`` are this replica's."""
+    """What one optimiser step needs. Counts and ``samples`` are of the whole step, over all ranks; ``packs`` are this replica's;
+    ``account`` is of what this rank has read for it, and how that was packed."""
 
     packs: list[PackedBatch]
     loss_tokens: float
@@ -27,6 +29,7 @@ class StepBatch:
     fill: float
     skipped: list[SkippedSample]
     state: PackerState
+    account: Account
 
 
 class Loader:
@@ -85,10 +88,11 @@ class Loader:
             loss_tokens=float(sum(num_targets(d) for d in documents)),
             tokens=tokens,
             documents=Counter(d.source for d in documents),
-            samples=[SampleId(d.source, d.record, at) for d, at in zip(documents, plan.positions, strict=True)],
+            samples=[SampleId(d.source, d.record, at) for d, (at, _) in zip(documents, plan.keys, strict=True)],
             fill=tokens / (len(plan.packs) * self.packer.length),
             skipped=plan.skipped,
             state=plan.state,
+            account=Account.of(plan.read, [map(len, plan.packs), *plan.keys, map(len, documents)]),
         )
 
 

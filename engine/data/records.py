@@ -7,6 +7,7 @@ Columns: ``messages``, a list of {role, content}; ``images``, a list of {bytes, 
 from __future__ import annotations
 
 import bisect
+import errno
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import BadRecord, UserError
+from .retry import with_retries
 
 # Decoded row groups of a source that stay in memory, in number and in bytes: shuffled reads over more decode them again and again.
 CACHED_ROW_GROUPS, CACHED_BYTES = 64, 2**30
@@ -52,7 +54,7 @@ class ParquetRecords:
         if not path.exists() or not files:
             what = "holds no *.parquet file" if path.exists() else "does not exist"
             raise UserError(f"data source {name!r}: {path} {what}. `smalt data digits` makes the data of the default run.")
-        self._groups: list[tuple[pq.ParquetFile, int]] = []
+        self._groups: list[tuple[Path, pq.ParquetFile, int]] = []
         self._ends: list[int] = []
         for file in files:
             self._open(file)
@@ -62,21 +64,21 @@ class ParquetRecords:
 
     def _open(self, file: Path) -> None:
         try:
-            parquet = pq.ParquetFile(file, memory_map=True)
+            parquet = pq.ParquetFile(file)  # not mapped: a page of it that cannot be read would end the process
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"data source {self.name!r}: {file} is not a readable Parquet file: {error}") from error
         if "messages" not in parquet.schema_arrow.names:
             columns = ", ".join(parquet.schema_arrow.names)
             raise UserError(f"data source {self.name!r}: {file} has no column 'messages'; its columns are {columns}")
         for group in range(parquet.num_row_groups):
-            self._groups.append((parquet, group))
+            self._groups.append((file, parquet, group))
             self._ends.append(len(self) + parquet.metadata.row_group(group).num_rows)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Record:
-        """Record ``index``. Raises BadRecord when a row is not of the documented form."""
+        """Record ``index``. Raises BadRecord when it cannot be read or is not of the documented form."""
         group = bisect.bisect_right(self._ends, index)
         first = self._ends[group - 1] if group else 0
         try:
@@ -87,13 +89,20 @@ class ParquetRecords:
 
     def _table(self, group: int) -> pa.Table:
         if group not in self._cache:
-            parquet, number = self._groups[group]
-            columns = [c for c in ("messages", "images") if c in parquet.schema_arrow.names]
-            self._cache[group] = parquet.read_row_group(number, columns=columns)
+            self._cache[group] = with_retries(lambda: self._read(group))
             while len(self._cache) > CACHED_ROW_GROUPS or (len(self._cache) > 1 and self._bytes() > CACHED_BYTES):
                 self._cache.popitem(last=False)
         self._cache.move_to_end(group)
         return self._cache[group]
+
+    def _read(self, group: int) -> pa.Table:
+        file, parquet, number = self._groups[group]
+        try:
+            return parquet.read_row_group(number, columns=[c for c in ("messages", "images") if c in parquet.schema_arrow.names])
+        except OSError as error:
+            if error.errno == errno.ESTALE:  # an open file that has gone stale stays so: the next try opens it anew
+                self._groups[group] = file, pq.ParquetFile(file, metadata=parquet.metadata), number
+            raise
 
     def _bytes(self) -> int:
         return sum(table.nbytes for table in self._cache.values())

@@ -59,16 +59,22 @@ def sample_stream(
     seed: int,
 ) -> grain.MapDataset:
     """An endless random-access stream of Document | SkippedSample, sources mixed by weight, each shuffled anew every epoch."""
-    chosen = {name: weight for name, weight in mixture.items() if weight > 0}
+    shares = source_shares(mixture)
     parts = []
-    for number, name in enumerate(chosen):
+    for number, name in enumerate(shares):
         encode = _Encode(sources[name], encoder, presentation)
         # grain counts epochs up from the seed: neighbouring seeds would give one source the orders of another.
         order_seed, draw_seed = (int(n) for n in np.random.SeedSequence((seed, number)).generate_state(2))
         order = grain.MapDataset.range(len(sources[name])).shuffle(seed=order_seed).repeat()
         parts.append(order.random_map(encode, seed=draw_seed))
+    return grain.MapDataset.mix(parts, list(shares.values()))
+
+
+def source_shares(mixture: Mapping[str, float]) -> dict[str, float]:
+    """The share of each source of positive weight."""
+    chosen = {name: weight for name, weight in mixture.items() if weight > 0}
     total = sum(chosen.values())
-    return grain.MapDataset.mix(parts, [w / total for w in chosen.values()])
+    return {name: weight / total for name, weight in chosen.items()}
 
 
 def stream_documents(stream: grain.MapDataset, count: int) -> list[Document]:

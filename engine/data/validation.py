@@ -10,9 +10,11 @@ from smalt.model import Document, ModelConfig, PackedBatch, pack
 from smalt.parallel import World
 
 from ..errors import BadRecord
+from .agreement import Account, Entry, read_alike
 from .chat import ChatEncoder
 from .loader import num_targets
 from .records import ParquetRecords
+from .stream import SkippedSample
 
 
 class ValidationSet:
@@ -31,7 +33,8 @@ class ValidationSet:
         self.packs: dict[str, list[PackedBatch]] = {}
         self.loss_tokens: dict[str, int] = {}
         for name, records in sources.items():
-            documents = _documents(records, encoder, limit, length)
+            samples = _read_alike(records, encoder, limit, world)
+            documents = [d for d in samples if isinstance(d, Document) and len(d) <= length]
             rows = _in_order(documents, length)
             # Every replica runs as many packs: where they do not divide, the last ones are empty.
             rows += [[] for _ in range(-len(rows) % world.num_replicas)]
@@ -49,16 +52,21 @@ class ValidationSet:
         return result
 
 
-def _documents(records: ParquetRecords, encoder: ChatEncoder, limit: int, length: int) -> list[Document]:
-    documents = []
-    for i in range(min(limit, len(records))):
-        try:
-            document = encoder.sample(records[i], "think")
-        except BadRecord:
-            continue  # training reports bad records; a held-out one is left out of every measurement alike
-        if len(document) <= length:
-            documents.append(document)
-    return documents
+def _read_alike(records: ParquetRecords, encoder: ChatEncoder, limit: int, world: World) -> list[Document | SkippedSample]:
+    """The first samples, the same on every rank. Raises UserError where they are not."""
+    return read_alike(
+        world,
+        f"validation source {records.name!r}",
+        lambda: [_sample(records, i, encoder) for i in range(min(limit, len(records)))],
+        lambda samples: Account.of([Entry.of(sample) for sample in samples]),
+    )
+
+
+def _sample(records: ParquetRecords, number: int, encoder: ChatEncoder) -> Document | SkippedSample:
+    try:
+        return encoder.sample(records[number], "think")
+    except BadRecord as error:  # training reports bad records; a held-out one is left out of every measurement alike
+        return SkippedSample(records.name, number, error.cause, error.detail)
 
 
 def _in_order(documents: list[Document], length: int) -> list[list[Document]]:

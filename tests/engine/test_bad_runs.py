@@ -19,7 +19,7 @@ import torch
 from smalt.engine import checkpoints, launch
 from smalt.engine.config import load_config
 from smalt.engine.data.packing import PackerState
-from smalt.engine.stage import Stage
+from smalt.engine.stage import Stage, loader_state
 from smalt.engine.train import main
 from smalt.engine.trainer import open_data
 from smalt.parallel import Watchdog, alone
@@ -354,6 +354,35 @@ def test_resume_needs_a_run_and_a_checkpoint(tiny_config, run, tmp_path, monkeyp
     (tmp_path / "run" / "config.json").write_text(load_config(tiny_config()).model_dump_json())
     code, said = run(tiny_config(), "--resume")
     assert (code, said) == (1, f"error: {tmp_path / 'run' / 'checkpoints'} holds no checkpoint\n")
+
+
+def test_a_run_that_goes_on_in_another_order_says_so(tiny_config, run, tmp_path):
+    config = tiny_config({**ONE_STAGE, "stages.sft.steps": 2})
+    assert run(config) == (0, "")
+    _, said = run(config, "--resume", "--stages.sft.steps", "3")
+    assert "another order" not in said
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").read_text())
+    cursor, carried = state["loader"]["cursor"], len(state["loader"]["carried"])
+    changes = "--stages.sft.steps 4 --seed 1 --stages.sft.mixture.read 1 --stages.sft.mixture.sum 3"
+    code, said = run(config, "--resume", *changes.split())
+    assert code == 0
+    (warning,) = [line for line in said.splitlines() if "another order" in line]
+    assert warning == (
+        f"warning: stage 'sft' goes on at sample {cursor} of another order than that of its checkpoint (seed: 0, now 1, sources: "
+        "[['read', 200, 0.4], ['sum', 200, 0.6]], now [['read', 200, 0.25], ['sum', 200, 0.75]]): some records come again and others "
+        f"never; {carried} documents that waited for a pack are given up"
+    )
+
+
+def test_pieces_that_version_02_counted_are_said_to_depend_on_sequence_length(tiny_config, capsys):
+    config = load_config(tiny_config({**ONE_STAGE, "data.long_documents": "split"}))
+    world, data = alone(torch.device("cpu")), open_data(config)
+    whole = Stage(config, "sft", world, data, None, None)
+    whole.close()
+    old = {**whole.state(), "loader": {"cursor": 16, "carried": [[3, 0], [4, 1]]}}
+    del old["order"]
+    assert loader_state(old, whole.order, True, world).carried == [[3, 0], [4, 1]]
+    assert capsys.readouterr().err.startswith("warning: the checkpoint of stage 'sft' counts pieces of split documents")
 
 
 def test_a_wrong_value_is_said_before_anything_runs(tiny_config, run, tmp_path):

@@ -1,9 +1,11 @@
 """Images: exact pixels in [-1, 1]; what is huge is refused unread, and nothing that a file holds raises anything but BadRecord."""
 
+import errno
 import io
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image as PIL_Image
 from PIL import ImageFile
 
+from smalt.engine.data import retry
 from smalt.engine.data.images import ImageLimits, decode_tile
 from smalt.engine.data.records import Image
 from smalt.engine.errors import BadRecord
@@ -158,6 +161,22 @@ def test_a_text_named_png_is_no_image(tmp_path):
     path = tmp_path / "photo.png"
     path.write_text("404 not found")
     assert _cause(Image(None, str(path))) == "not an image"
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_tried_again(tmp_path, monkeypatch):
+    path, tries = tmp_path / "photo.png", []
+    path.write_bytes(PNG)
+
+    def read(file, whole=Path.read_bytes):
+        tries.append(file)
+        if len(tries) < 3:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return whole(file)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(retry, "PAUSES", (0.0, 0.01, 0.02))
+    assert (_shown(decode_tile(Image(None, str(path)), 8, LIMITS)) == PIXELS).all()
+    assert len(tries) == 3
 
 
 @pytest.mark.parametrize("name", ["gone.png", ".", "a\0b.png", "x" * 5000, "pipe"])

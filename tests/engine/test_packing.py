@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalt.engine.data.loader import Loader
-from smalt.engine.data.packing import BAD_IN_A_ROW, Packer, PackerState, split_document
+from smalt.engine.data.packing import BAD_IN_A_ROW, Packer, PackerState, cut_rows, piece_of
 from smalt.engine.data.stream import SkippedSample
 from smalt.engine.errors import BadRecord
 from smalt.model import Document, pack
@@ -55,6 +55,10 @@ def _packer(lengths, num_packs=2, window=8, long_documents="skip", state=None):
     return Packer(_reader(lengths), LENGTH, num_packs, window, long_documents, state)
 
 
+def _split(document, length):
+    return [piece_of(document, low, high) for low, high in cut_rows(document, length, 0, len(document))]
+
+
 def _shown(plan):
     """A step in numbers: what each pack holds, what was skipped, the state after it."""
     return [[d.tokens.tolist() for d in p] for p in plan.packs], [s.record for s in plan.skipped], asdict(plan.state)
@@ -80,7 +84,7 @@ def test_every_sample_is_packed_exactly_once_or_still_waits(lengths, num_packs, 
         for documents in plan.packs:
             assert 1 <= sum(map(len, documents)) <= LENGTH
             packed += [d.record for d in documents]
-    waiting = [sample for sample, _ in plan.state.carried]
+    waiting = [sample for sample, *_ in plan.state.carried]
     assert sorted(packed + waiting) == list(range(plan.state.cursor))
 
 
@@ -93,7 +97,7 @@ def test_no_sample_waits_longer_than_those_before_it_need(lengths, num_packs, wi
         packed = {d.record for documents in plan.packs for d in documents}
         # The num_packs oldest that waited are gone, so a sample with n before it is packed within n / num_packs + 1 steps.
         assert packed.issuperset(ahead[:num_packs])
-        ahead = [sample for sample, _ in plan.state.carried]
+        ahead = [sample for sample, *_ in plan.state.carried]
         assert ahead == sorted(ahead)
 
 
@@ -149,7 +153,7 @@ def test_a_long_run_of_bad_records_is_not_the_end():
 
 def test_a_carried_document_that_can_no_longer_be_read_is_reported():
     state = _packer([20, 20], 1, 4).next().state
-    lost = [sample for sample, _ in state.carried]
+    lost = [sample for sample, *_ in state.carried]
     resumed = Packer(lambda s: _reader([0 if s in lost else 20])(s), LENGTH, 1, 4, "skip", state)
     assert [s.record for s in resumed.next().skipped] == lost
 
@@ -177,9 +181,9 @@ def test_pieces_keep_every_target_once_and_every_image_whole(texts, rows, end, l
     rows_of = {tuple(range(low, high)): i + 1 for i, (low, high) in enumerate(document.spans)}
     if rows > length:
         with pytest.raises(BadRecord, match="longer than a pack"):
-            split_document(document, length)
+            _split(document, length)
         return
-    pieces = split_document(document, length)
+    pieces = _split(document, length)
     learned, seen, images = [], [], []
     for piece in pieces:
         assert 1 <= len(piece) <= length
@@ -199,7 +203,7 @@ def test_pieces_keep_every_target_once_and_every_image_whole(texts, rows, end, l
 
 @pytest.mark.parametrize("rows", [LENGTH - 1, LENGTH])
 def test_an_image_as_long_as_a_pack_still_fits(rows):
-    pieces = split_document(_document([(1, rows), (40, 0)]), LENGTH)
+    pieces = _split(_document([(1, rows), (40, 0)]), LENGTH)
     assert sum(len(piece.tiles) for piece in pieces) == 1
 
 
@@ -223,12 +227,61 @@ def test_split_documents_lose_no_target_in_packs(lengths, num_packs, window):
             assert sum(map(len, documents)) <= LENGTH
             for d in documents:
                 learned.update(d.tokens[1:][d.targets[1:]].tolist())
-    for sample, piece in plan.state.carried:
-        waiting += split_document(_reader(lengths)(sample), LENGTH)[piece : piece + 1]
+    for sample, low, high, _ in plan.state.carried:
+        waiting.append(piece_of(_reader(lengths)(sample), low, high))
     for d in waiting:
         learned.update(d.tokens[1:][d.targets[1:]].tolist())
     expected = [t for i in range(plan.state.cursor) for t in _reader(lengths)(i).tokens[1:].tolist()]
     assert learned == Counter(expected)
+
+
+@settings(max_examples=100)
+@given(
+    lengths=st.lists(st.integers(1, 5 * LENGTH), min_size=1, max_size=12),
+    images=st.booleans(),
+    first=st.sampled_from([LENGTH, 2 * LENGTH, 4 * LENGTH]),
+    then=st.sampled_from([16, LENGTH, 2 * LENGTH, 3 * LENGTH]),
+    again=st.sampled_from([16, LENGTH, 4 * LENGTH]),
+)
+def test_split_documents_lose_no_target_when_sequence_length_changes(lengths, images, first, then, again):
+    def read(sample):
+        length = lengths[sample % len(lengths)]
+        return _document([(1, 0), (length, 9 if images and sample % 2 else 0), (5, 0)], sample)
+
+    learned, state = Counter(), None
+    for length in (first, then, again):
+        packer = Packer(read, length, 2, 4, "split", state)
+        for _ in range(3):
+            plan = packer.next()
+            assert not plan.skipped
+            for d in (d for documents in plan.packs for d in documents):
+                assert len(d) <= length
+                learned.update(d.tokens[1:][d.targets[1:]].tolist())
+        state = PackerState(**json.loads(json.dumps(asdict(plan.state))))
+    for sample, low, high, _ in state.carried:
+        piece = piece_of(read(sample), low, high)
+        learned.update(piece.tokens[1:][piece.targets[1:]].tolist())
+    documents = [read(i) for i in range(state.cursor)]
+    assert learned == Counter(t for d in documents for t in d.tokens[1:][d.targets[1:]].tolist())
+
+
+def test_pieces_that_version_02_counted_are_taken_up():
+    packer = _packer([70, 5, 20], 1, 4, "split")
+    state = packer.next().state
+    numbers = {(sample, low): n for sample in range(4) for n, (low, _) in enumerate(cut_rows(_reader([70, 5, 20])(sample), 32, 0, 70))}
+    old = [(sample, numbers.get((sample, low), 0)) for sample, low, *_ in state.carried]
+    assert {piece for _, piece in old} == {0, 1, 2}
+    resumed = _packer([70, 5, 20], 1, 4, "split", PackerState(state.cursor, old))
+    assert [_shown(resumed.next()) for _ in range(3)] == [_shown(packer.next()) for _ in range(3)]
+
+
+def test_a_piece_of_a_document_that_has_changed_is_reported_and_a_whole_one_is_taken_as_it_is():
+    state = PackerState(4, [(0, 31, 62, 70), (1, 0, 20, 20)])
+    plan = _packer([60, 25], 1, 1, "split", state).next()
+    (skipped,) = plan.skipped
+    assert (skipped.record, skipped.cause) == (0, "changed since the checkpoint")
+    assert skipped.detail == "rows 31 to 62 of 70 were not trained on yet; the document now has 60"
+    assert plan.packs[0][0].tokens.tolist() == list(range(1000, 1025))
 
 
 @settings(max_examples=10, deadline=None)
@@ -236,7 +289,7 @@ def test_split_documents_lose_no_target_in_packs(lengths, num_packs, window):
 def test_loaders_of_any_number_of_replicas_and_steps_ahead_have_the_same_packs(
     lengths, num_packs, window, num_replicas, prefetch, taken
 ):
-    num_packs *= num_replicas
+    num_packs, lengths = num_packs * num_replicas, [*lengths, 5]
     planner = _packer(lengths, num_packs, window)
     plans = [planner.next() for _ in range(3)]
     loaders = [Loader(_packer(lengths, num_packs, window), rank, num_replicas, "causal", 2, prefetch) for rank in range(num_replicas)]
@@ -248,5 +301,6 @@ def test_loaders_of_any_number_of_replicas_and_steps_ahead_have_the_same_packs(
         # The cursor is that of what was taken, however far ahead the loader is.
         assert [asdict(step.state) for step in steps] == [asdict(plan.state)] * num_replicas
         assert {step.loss_tokens for step in steps} == {float(sum(d.targets[1:].sum() for p in plan.packs for d in p))}
+        assert len({step.account.fingerprint for step in steps}) == 1
     for loader in loaders:
         loader.close()

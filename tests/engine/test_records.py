@@ -1,5 +1,9 @@
 """Parquet records: random access is the table itself; what is wrong is named, and one bad row costs one record."""
 
+import errno
+import os
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -10,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smalt.engine.data import records as records_module
+from smalt.engine.data import retry
 from smalt.engine.data.records import Image, ParquetRecords, open_sources
 from smalt.engine.errors import BadRecord, UserError
 
@@ -184,6 +189,57 @@ def test_a_row_group_that_is_damaged_on_disk_costs_its_own_records(write):
     records = ParquetRecords("s", path)
     assert {_cause(records, i) for i in range(20)} == {"unreadable record"}
     assert [records[i].messages[0][1] for i in range(20, 40)] == [str(i) for i in range(20, 40)]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ETIMEDOUT, errno.ESTALE])
+def test_a_read_that_fails_for_a_moment_is_tried_again(write, monkeypatch, number):
+    tries = []
+
+    def read(file, group, whole=pq.ParquetFile.read_row_group, **options):
+        tries.append(file)
+        # A stale file is so until it is opened anew; what is wrong with the others passes.
+        if file is tries[0] if number == errno.ESTALE else len(tries) < 4:
+            raise OSError(number, os.strerror(number))
+        return whole(file, group, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read)
+    monkeypatch.setattr(retry, "PAUSES", (0.0, 0.01, 0.02))
+    assert _contents(ParquetRecords("s", write(_numbered(3)))) == ["0", "1", "2"]
+    assert len(tries) == (2 if number == errno.ESTALE else 4)
+
+
+@pytest.mark.parametrize(("number", "times"), [(errno.EIO, 4), (errno.ENOENT, 1), (errno.EACCES, 1), (errno.EISDIR, 1)])
+def test_a_read_that_goes_on_failing_costs_the_record(write, monkeypatch, number, times):
+    tries = []
+
+    def fail(*_, **__):
+        tries.append(1)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
+    monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0, 0.0))
+    assert _cause(ParquetRecords("s", write(_numbered(3)))) == "unreadable record"
+    assert len(tries) == times
+
+
+CUT_SHORT = """
+import os, sys
+from pathlib import Path
+from smalt.engine.data.records import ParquetRecords
+from smalt.engine.errors import BadRecord
+records = ParquetRecords("s", Path(sys.argv[1]))
+os.truncate(sys.argv[1], 4096)
+try:
+    records[900]
+except BadRecord as error:
+    print(error.cause)
+"""
+
+
+def test_a_page_of_a_file_that_cannot_be_read_costs_records_and_not_the_process(write):
+    path = write(_numbered(1000), row_group_size=10)
+    done = subprocess.run([sys.executable, "-c", CUT_SHORT, str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "unreadable record\n"), done.stderr
 
 
 def test_the_example_of_the_readme(tmp_path, monkeypatch):

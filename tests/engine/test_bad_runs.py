@@ -94,6 +94,7 @@ def test_spoiled_records_are_skipped_named_and_counted(spoiled, tiny_config, tra
     assert all(m["documents/photos"] > 0 and m["loss"] > 0 for m in metrics)
 
 
+@pytest.mark.slow
 def test_a_source_of_nothing_but_bad_records_ends_the_run(spoiled, tiny_config, run, tmp_path):
     path, _ = spoiled
     pq.write_table(pq.read_table(path).slice(0, 5), tmp_path / "hopeless.parquet")
@@ -213,6 +214,7 @@ def test_steps_that_are_not_finite_are_counted_over_a_stop(tiny_config, run, mon
     assert "not finite in 4 steps in a row, up to step 5" in run(tiny_config(ONE_STAGE), "--resume")[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_itself_waits_for_its_save_under_a_pause(tiny_config, run, monkeypatch):
     whole, pauses = checkpoints.save_snapshot, []
     watchdogs = []
@@ -356,6 +358,7 @@ def test_resume_needs_a_run_and_a_checkpoint(tiny_config, run, tmp_path, monkeyp
     assert (code, said) == (1, f"error: {tmp_path / 'run' / 'checkpoints'} holds no checkpoint\n")
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_in_another_order_says_so(tiny_config, run, tmp_path):
     config = tiny_config({**ONE_STAGE, "stages.sft.steps": 2})
     assert run(config) == (0, "")

@@ -41,6 +41,7 @@ def begun(folder, run_id, checkpoint=None):
     return folder
 
 
+@pytest.mark.slow
 def test_continue_begins_and_goes_on_to_the_end_of_the_run(tiny_config, tmp_path, capsys):
     arguments = [str(tiny_config(SHORT)), "--folder", str(tmp_path / "run"), "--continue"]
     assert main(arguments) == 0

@@ -52,6 +52,7 @@ if importlib.util.find_spec("wandb") is None:
     REFUSED["logging.wandb-project some"] = "wandb is not installed"
 
 
+@pytest.mark.slow
 def test_options_with_which_a_run_cannot_go_on_are_no_part_of_it(run, folder):
     shutil.rmtree(folder / "checkpoints" / "step-00000004")
     before = small_files(folder)
@@ -66,12 +67,14 @@ def test_options_with_which_a_run_cannot_go_on_are_no_part_of_it(run, folder):
     assert json.loads((folder / "config.json").read_text())["optimizer"]["kind"] == "smalt_adamw"
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_begin_leaves_its_folder_to_the_next(run, tmp_path):
     assert run("--optimizer.kind", "apex")[0] == 1
     assert run()[0] == 0
     assert len(read_metrics(tmp_path / "run")) == 4
 
 
+@pytest.mark.slow
 def test_where_a_run_would_go_on_and_that_nothing_is_left(run, folder):
     before, newest = small_files(folder), folder / "checkpoints" / "step-00000004"
     code, out, _ = run("--resume", "--dry-run")
@@ -87,6 +90,7 @@ def test_where_a_run_would_go_on_and_that_nothing_is_left(run, folder):
     assert f"goes on from {newest}, stage sft: nothing is left to train" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["--continue"]], ids=["new", "continue"])
 def test_a_run_that_began_while_another_was_starting_is_left_alone(arguments, run, tmp_path, monkeypatch):
     lay_out = train.lay_out_run
@@ -106,6 +110,7 @@ def test_a_run_that_began_while_another_was_starting_is_left_alone(arguments, ru
     assert small_files(tmp_path / "run") == {"config.json": b"the run of someone else"}
 
 
+@pytest.mark.slow
 def test_a_run_that_saved_while_another_launch_waited_for_it_goes_on_with_its_own_config(run, tmp_path, monkeypatch):
     lock, waited = launch.lock_folder, tmp_path / "waited"
     assert run("--logging.every", "3")[0] == 0
@@ -134,6 +139,7 @@ def test_a_folder_that_cannot_be_made(arguments, name, tiny_config, tmp_path, ca
     assert error.endswith("; choose another folder with --folder\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["{bad", "[1]", ""])
 def test_a_damaged_config(text, run, folder):
     (folder / "config.json").write_text(text)
@@ -144,6 +150,7 @@ def test_a_damaged_config(text, run, folder):
         assert "put a good one in its place" in error
 
 
+@pytest.mark.slow
 def test_a_damaged_line_of_metrics_stops_nothing(run, folder):
     shutil.rmtree(folder / "checkpoints" / "step-00000004")
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)

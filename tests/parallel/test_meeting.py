@@ -52,6 +52,7 @@ def test_ranks_that_do_not_come_are_named(store):
         meet_in_store(store, 1, 2, 0, timedelta(seconds=0.5))
 
 
+@pytest.mark.slow
 def test_rank_0_is_waited_for_as_long_as_it_lives(store, monkeypatch):
     monkeypatch.setattr(meeting, "SECONDS_BETWEEN_BEATS", 0.1)
     over = []

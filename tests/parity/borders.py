@@ -12,7 +12,7 @@ from smalt.parallel.layout import local_part
 
 TIED = "language.embedding.weight"
 STAGE = StageConfig(
-    steps=3, sequence_length=workload.LENGTH, mixture={}, trainable=dict.fromkeys(workload.ALL, 1.0), learning_rate=1e-2
+    steps=3, sequence_length=workload.LENGTH, mixture={"any": 1.0}, trainable=dict.fromkeys(workload.ALL, 1.0), learning_rate=1e-2
 )  # fmt: skip
 # Many tiles, which leave the stage with the vision tower few blocks, and none.
 WORK = [Workload(workload.LENGTH, workload.LENGTH, 200), Workload(workload.LENGTH, workload.LENGTH, 0)]

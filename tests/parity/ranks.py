@@ -80,6 +80,8 @@ def run_case(case, rank):
 
 def run_rank(case, rank):
     """The child of one rank: its result, or what went wrong, into a file."""
+    # In which line of Python each thread was when it dies in native code; on stderr those of two ranks would be mixed.
+    faulthandler.enable(Path(f"{case['out']}.native-{rank}").open("w"))
     try:
         result = run_case(case, rank)
         if rank == 0:
@@ -114,15 +116,15 @@ def run_row(case):
         file = Path(f"{case['out']}.error-{rank}")
         if file.exists():
             errors[rank] = file.read_text()
+        elif status and os.WIFSIGNALED(status):
+            where = Path(f"{case['out']}.native-{rank}").read_text()
+            errors.setdefault(rank, f"{KILLED} {-os.waitstatus_to_exitcode(status)}: {where}")
         elif status:
-            errors.setdefault(
-                rank, f"{KILLED} {-os.waitstatus_to_exitcode(status)}" if os.WIFSIGNALED(status) else "ended without a word"
-            )
+            errors.setdefault(rank, "ended without a word")
     return errors
 
 
 def main():
-    faulthandler.enable()  # a rank that dies in native code says in which line
     torch.set_num_threads(1)
     for line in sys.stdin:
         case = json.loads(line)

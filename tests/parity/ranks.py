@@ -81,7 +81,7 @@ def run_case(case, rank):
 def run_rank(case, rank):
     """The child of one rank: its result, or what went wrong, into a file."""
     # In which line of Python each thread was when it dies in native code; on stderr those of two ranks would be mixed.
-    faulthandler.enable(Path(f"{case['out']}.native-{rank}").open("w"))
+    faulthandler.enable(Path(f"{case['out']}.native-{rank}").open("w"))  # noqa: SIM115 - open as long as the process lives
     try:
         result = run_case(case, rank)
         if rank == 0:

@@ -257,7 +257,9 @@ def latest_checkpoint(folder: Path, *, set_aside: bool = True) -> Checkpoint:
             return checkpoint
         if path in _committed(folder):  # a run that is under way may have removed it meanwhile
             passed.append(path)
-            done = _set_aside(path) if set_aside else "it is passed over, and left as it is"
+            done = "it is passed over, and left as it is"
+            if set_aside:
+                done = _set_aside(path, DAMAGED, "it is passed over where it is")
             _say(f"checkpoint {path} is damaged: {damage}; {done}")
     damaged = sorted(path.name for path in _step_folders(folder) if DAMAGED in path.name or path in passed)
     raise UserError(f"{folder} holds no {'whole ' if damaged else ''}checkpoint" + (f", only {', '.join(damaged)}" if damaged else ""))
@@ -288,9 +290,8 @@ def checkpoint_before(folder: Path, step: int) -> Checkpoint | None:
 def distrust_from(folder: Path, step: int) -> str:
     """Set aside the checkpoints of that step and later ones, from which a run has diverged; returns what was done and what is left,
     for people. For one process of a run."""
-    found = _committed(folder)
-    done = [f"{path} is {_set_aside(path, DIVERGED)}" for path in found if _step(path) >= step]
-    left = [path for path in found if _step(path) < step]
+    done = [f"{path} is {_set_aside(path, DIVERGED, 'left where it is')}" for path in _committed(folder) if _step(path) >= step]
+    left = _committed(folder)  # one that cannot be renamed among them
     return "; ".join([*done, f"--resume goes on from {left[-1].name}" if left else "no checkpoint from before is left: begin anew"])
 
 
@@ -400,14 +401,14 @@ def _unreadable(path: Path, error: OSError) -> UserError:
     )
 
 
-def _set_aside(path: Path, suffix: str = DAMAGED) -> str:
-    """Rename a checkpoint so that nothing goes on from it; returns what was done, for people."""
+def _set_aside(path: Path, suffix: str, otherwise: str) -> str:
+    """Rename a checkpoint so that nothing goes on from it; returns what was done, for people. otherwise: done where it cannot be."""
     names = [path.name + suffix, *(f"{path.name}{suffix}-{number}" for number in range(2, 1000))]
     try:
         target = next(target for target in map(path.with_name, names) if not target.exists())
         path.rename(target)
     except OSError as error:
-        return f"it is passed over where it is, for it cannot be renamed ({error})"
+        return f"{otherwise}, for it cannot be renamed ({error})"
     return f"set aside as {target.name}"
 
 

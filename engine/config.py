@@ -241,11 +241,12 @@ class RunConfig(Section):
         """The oldest checkpoint may be as young as (keep - 1) x every + 1 steps when a rollback is decided, and the first of the steps
         that led to it as old as raised or skips less one."""
         spikes, keep, every = self.spikes, self.checkpoint.keep, self.checkpoint.every
-        needed = spikes.rollback_steps + max(spikes.raised, spikes.skips) - 2
+        longest, num_steps = max((("raised", spikes.raised), ("skips", spikes.skips)), key=lambda limit: limit[1])
+        needed = spikes.rollback_steps + num_steps - 2
         if needed > (keep - 1) * every:
             raise ValueError(
                 f"checkpoint.keep = {keep} with checkpoint.every = {every} is too few for spikes.rollback_steps = "
-                f"{spikes.rollback_steps} before spikes.raised = {spikes.raised} steps: keep {1 - -needed // every}"
+                f"{spikes.rollback_steps} before spikes.{longest} = {num_steps} steps: keep {1 - -needed // every}"
             )
 
     def _check_deepspeed(self) -> None:

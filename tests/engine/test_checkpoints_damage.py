@@ -17,6 +17,7 @@ from smalt.engine.checkpoints import (
     CheckpointWriter,
     checkpoint_before,
     checkpoint_of_step,
+    distrust_from,
     holds_checkpoints,
     latest_checkpoint,
     load_tensors,
@@ -185,6 +186,20 @@ def test_a_folder_that_cannot_be_changed_is_passed_over(tmp_path, capfd):
         assert names(folder) == ["step-00000001", "step-00000002"]
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+def test_what_a_run_diverged_from_is_set_aside_or_said_to_be_where_it_is(tmp_path, monkeypatch):
+    save(tmp_path, (1, 2, 3))
+    said = distrust_from(tmp_path, 3)
+    assert said == f"{tmp_path / 'step-00000003'} is set aside as step-00000003.diverged; --resume goes on from step-00000002"
+
+    def refuse(path, target):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    said = distrust_from(tmp_path, 2)
+    assert said.startswith(f"{tmp_path / 'step-00000002'} is left where it is, for it cannot be renamed (")
+    assert said.endswith("; --resume goes on from step-00000002")
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):

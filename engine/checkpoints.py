@@ -296,8 +296,12 @@ def distrust_from(folder: Path, step: int) -> str:
 
 
 def check_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Raise UserError, naming every difference, when the checkpoint is of another architecture."""
+    """Raise UserError, naming every difference, when the checkpoint is of another architecture. Another YaRN makes none: it changes no
+    weight."""
     saved, wanted = flat(checkpoint.state["model"], "model."), flat(config.model_dump(), "model.")
+    # Version 0.3 knew no tiles: its images were one each.
+    wanted = {key: value for key, value in wanted.items() if key in saved or not key.startswith("model.tiling.")}
+    wanted = {key: value for key, value in wanted.items() if not key.startswith("model.language.yarn")}
     different = [f"{k}: {saved.get(k)} in the checkpoint, {wanted.get(k)} here" for k in wanted if saved.get(k) != wanted[k]]
     if different:
         raise UserError(f"checkpoint {checkpoint.path} is of another architecture:\n  " + "\n  ".join(different))

@@ -6,179 +6,29 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from smalt.model import PARTS, PRESETS, ModelConfig
+from smalt.model import PRESETS, ModelConfig
 from smalt.parallel import ParallelConfig
 
 from .errors import UserError
+from .sections import (
+    NUMBER,
+    PAIR,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    InitConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    Section,
+    SpikesConfig,
+    StageConfig,
+)  # fmt: skip
 
-Weight = Annotated[float, Field(ge=0)]
-DecayRate = Annotated[float, Field(ge=0, lt=1)]
-Budget = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
-
-
-class DataConfig(Section):
-    tokenizer: Path
-    """tokenizer.json with the special tokens of the chat template."""
-    sources: dict[str, Path]
-    """Training data: a Parquet file, or a folder of them, by name."""
-    validation: dict[str, Path] = {}
-    """Held-out data whose loss is reported by source."""
-    validation_documents: int = Field(200, ge=1)
-    """Documents of each validation source that are used."""
-    packs_per_step: int = Field(1, ge=1)
-    """Packs in one optimiser step, over all processes; a multiple of dp x fsdp, and of pp times that."""
-    window: int = Field(256, ge=1)
-    """Samples that the packer reads at a time."""
-    long_documents: Literal["skip", "split"] = "skip"
-    """What happens to a document longer than a pack."""
-    prefetch: int = Field(4, ge=1)
-    """Steps that are made ahead."""
-    max_image_bytes: int = Field(32 << 20, ge=1)
-    """Larger image files are skipped."""
-    max_image_pixels: int = Field(64 << 20, ge=1)
-    """Images of more pixels are skipped, before they are decoded."""
-
-
-class StageConfig(Section):
-    steps: int = Field(ge=1)
-    """Optimiser steps."""
-    sequence_length: int = Field(ge=8)
-    """Tokens of a pack."""
-    mixture: dict[str, Weight]
-    """Weight of each source."""
-    trainable: dict[str, Weight]
-    """Parts that learn (vision, projector, language), each with the multiplier of its learning rate; the others are frozen."""
-    learning_rate: float = Field(gt=0)
-    """Peak learning rate."""
-    vision_layer_decay: float = Field(1.0, gt=0, le=1)
-    """Factor of the learning rate from each block of the vision tower to the one before it; the last block has it once, the patch
-    embedding and positions once more than the first block, the final norm not at all."""
-    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
-    """Learning rate after the warm-up: constant, half a cosine, or stable and then linear decay over the last fifth."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises linearly."""
-    final_share: float = Field(0.1, ge=0, le=1)
-    """Learning rate of the last step as a share of the peak."""
-    objective: Literal["cross_entropy"] = "cross_entropy"
-    """What is minimised: cross-entropy of the assistant's tokens."""
-    think: float = Field(0.5, ge=0, le=1)
-    """Share of the records with a thought that are shown in think mode; the rest are shown without their thought."""
-    truncate: float = Field(0.0, ge=0, le=1)
-    """Share of those thoughts that are cut at a random budget and closed by a forced token."""
-    checkpointing: Literal["none", "full", "selective"] | None = None
-    """Instead of parallel.checkpointing in this stage: long packs need it where short ones do not."""
-    reshard_after_forward: bool | None = None
-    """Instead of parallel.reshard_after_forward in this stage."""
-
-    @model_validator(mode="after")
-    def _check(self) -> StageConfig:
-        if unknown := set(self.trainable) - set(PARTS):
-            raise ValueError(f"trainable names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
-        if not any(self.trainable.values()):
-            raise ValueError("trainable names no part with a learning rate above 0")
-        if not any(self.mixture.values()):
-            raise ValueError("mixture names no source with a weight above 0")
-        return self
-
-
-class OptimizerConfig(Section):
-    kind: Literal["adamw", "smalt_adamw", "apex", "muon"] = "adamw"
-    """adamw: torch's fused AdamW. smalt_adamw: the Triton kernel, one launch a group. apex: FusedAdam of NVIDIA's apex. muon: Muon for
-    the matrices of blocks and projector, AdamW for the rest, at AdamW's learning rates."""
-    offload: Literal["none", "cpu"] = "none"
-    """cpu: optimiser state and arithmetic on the CPU, for adamw and smalt_adamw: less memory on the GPU, slower steps."""
-    state_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the moments of smalt_adamw; bfloat16 halves their memory and is rounded stochastically."""
-    momentum: DecayRate = 0.95
-    """Muon's decay rate of the momentum."""
-    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
-    """AdamW's decay rates of the two moments."""
-    eps: float = Field(1e-8, gt=0)
-    """AdamW's epsilon."""
-    weight_decay: float = Field(0.1, ge=0)
-    """Decoupled weight decay of matrices; vectors have none."""
-    clip: float = Field(1.0, gt=0)
-    """Largest global norm of the gradient."""
-    max_bad_steps: int = Field(5, ge=1)
-    """Steps in a row with a non-finite loss or gradient, each skipped, after which the run stops."""
-
-    @model_validator(mode="after")
-    def _check(self) -> OptimizerConfig:
-        if self.offload == "cpu" and self.kind not in ("adamw", "smalt_adamw"):
-            raise ValueError(f"offload = 'cpu' works with kind adamw and smalt_adamw, not with {self.kind}")
-        if self.state_dtype != "float32" and self.kind != "smalt_adamw":
-            raise ValueError(f"state_dtype = {self.state_dtype!r} works with kind smalt_adamw, not with {self.kind}")
-        return self
-
-
-class SpikesConfig(Section):
-    enabled: bool = False
-    """Skip the updates of loss spikes, and go back to a checkpoint when they do not end."""
-    window: int = Field(128, ge=16)
-    """Steps that a step is compared with; the first ones of a stage are not judged."""
-    sigmas: float = Field(6.0, gt=0)
-    """Robust standard deviations above the median at which the loss, or the logarithm of the gradient norm, is a spike."""
-    skips: int = Field(4, ge=1)
-    """Spikes in a row after which the weights go back to a checkpoint; the data goes on."""
-    raised: int = Field(64, ge=2)
-    """Steps in a row with a loss above half of that limit after which they go back too."""
-    rollback_steps: int = Field(100, ge=0)
-    """Steps by which the checkpoint must be older than the first of them."""
-    max_rollbacks: int = Field(3, ge=0)
-    """Times that a stage may go back; then the run stops."""
-
-
-class CheckpointConfig(Section):
-    every: int = Field(500, ge=1)
-    """Steps between checkpoints; one is also written at the end of the run."""
-    keep: int = Field(2, ge=1)
-    """Newest checkpoints that are kept."""
-    on_error: Literal["stop", "continue"] = "continue"
-    """What to do when one cannot be written (a full disk): the one before it stays good either way."""
-    grace_seconds: float = Field(30.0, gt=1, le=1e6)
-    """Seconds from SIGTERM to the SIGKILL of whoever preempts: a run that has not saved a second before says so and ends."""
-
-
-class EvaluationConfig(Section):
-    sources: dict[str, Path] = {}
-    """Held-out questions by task; the last assistant message is the truth."""
-    budget_tasks: list[str] = []
-    """Tasks whose accuracy is also measured against the thinking budget and with images shuffled between questions."""
-    budgets: list[Budget] = [0, 4, 8, 16]
-    """Thinking budgets in tokens; unlimited is always measured."""
-    every: int = Field(0, ge=0)
-    """Steps between evaluations during training; 0: only at the end."""
-    questions_during: int = Field(100, ge=1)
-    """Questions a task during training."""
-    questions: int = Field(500, ge=1)
-    """Questions a task at the end."""
-    max_tokens: int = Field(64, ge=1)
-    """Longest completion."""
-    batch: int = Field(256, ge=1)
-    """Questions generated at a time."""
-
-
-class LoggingConfig(Section):
-    every: int = Field(10, ge=1)
-    """Steps between lines of metrics in TensorBoard and Weights & Biases; the JSON lines have every step."""
-    validate_every: int = Field(0, ge=0)
-    """Steps between measurements of the validation loss; 0: only at the end of each stage."""
-    norms_every: int = Field(0, ge=0)
-    """Steps of a stage between L2 norms by module, of weights, gradients and optimiser state; 0: never."""
-    trace_first: int = Field(10, ge=1)
-    """First step of which torch.profiler records a trace, where trace_steps is not 0; `smalt trace` reads them."""
-    trace_steps: int = Field(0, ge=0)
-    """Steps that are recorded, each slower for it; 0: none."""
-    wandb_project: str | None = None
-    """Log to this Weights & Biases project too (pip install 'smalt[wandb]')."""
+C = TypeVar("C", bound=BaseModel)
 
 
 class RunConfig(Section):
@@ -194,6 +44,8 @@ class RunConfig(Section):
     """A model by name instead of the section model."""
     model: ModelConfig = ModelConfig()
     """Sizes of the model."""
+    init: InitConfig = InitConfig()
+    """What the first stage begins with, instead of random weights."""
     data: DataConfig
     """Where the data is and how it is packed."""
     stages: dict[str, StageConfig]
@@ -216,16 +68,25 @@ class RunConfig(Section):
         if not self.stages:
             raise ValueError("stages is empty")
         for name, stage in self.stages.items():
-            if unknown := set(stage.mixture) - set(self.data.sources):
-                known = ", ".join(self.data.sources)
-                raise ValueError(f"stages.{name}.mixture names {', '.join(sorted(unknown))}; data.sources has {known}")
+            known = ", ".join(self.data.sources)
+            for key, named in (("mixture", stage.mixture), ("epochs", stage.epochs)):
+                if unknown := named.keys() - self.data.sources:
+                    raise ValueError(f"stages.{name}.{key} names {', '.join(sorted(unknown))}; data.sources has {known}")
+            self._check_resampling(name)
+            if stage.schedule == "continued" and name == next(iter(self.stages)):
+                raise ValueError(f"stages.{name}.schedule = 'continued': there is no stage before it; give it a schedule of its own")
             try:
                 self.parallel_of(name)
             except ValidationError as error:
                 found = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
                 raise ValueError(f"stages.{name} with the section parallel: {found}") from error
+        if unknown := set(self.init.prune.mixture) - set(self.data.sources):
+            raise ValueError(f"init.prune.mixture names {', '.join(sorted(unknown))}; data.sources has {', '.join(self.data.sources)}")
         if self.spikes.enabled:
             self._check_rollback()
+        sources = {*self.data.sources, *self.data.validation, *self.evaluation.sources}
+        if unknown := set(self.data.columns) - sources:
+            raise ValueError(f"data.columns names {', '.join(sorted(unknown))}; the sources are {', '.join(sorted(sources))}")
         if unknown := set(self.evaluation.budget_tasks) - set(self.evaluation.sources):
             raise ValueError(f"evaluation.budget_tasks names {', '.join(sorted(unknown))}, which evaluation.sources lacks")
         first, num_steps = self.logging.trace_first, self.logging.trace_steps
@@ -249,6 +110,19 @@ class RunConfig(Section):
                 f"{spikes.rollback_steps} before spikes.{longest} = {num_steps} steps: keep {1 - -needed // every}"
             )
 
+    def _check_resampling(self, name: str) -> None:
+        stage = self.stages[name]
+        resampling, where = stage.resampling, f"stages.{name}.resampling"
+        if not resampling.every:
+            return
+        if resampling.visits and self.data.long_documents == "split":
+            raise ValueError(f"{where}.visits with data.long_documents = 'split': a part of a record is no visit; set it to 0")
+        if resampling.lag <= self.data.prefetch:
+            raise ValueError(f"{where}.lag = {resampling.lag} with data.prefetch = {self.data.prefetch}: make it larger than that")
+        if lacking := set(stage.sources) - set(self.data.validation):
+            names = ", ".join(sorted(lacking))
+            raise ValueError(f"{where}.every needs held-out records of each source; data.validation lacks {names}")
+
     def _check_deepspeed(self) -> None:
         if self.optimizer.kind != "adamw":
             wrong = f"optimizer.kind = {self.optimizer.kind!r}: set it to 'adamw'"
@@ -256,6 +130,8 @@ class RunConfig(Section):
             wrong = f"optimizer.offload = {self.optimizer.offload!r}: set parallel.deepspeed.offload_optimizer instead"
         elif self.dtype == "float64":
             wrong = "dtype = 'float64': set it to 'float32' or 'bfloat16'"
+        elif names := [name for name, stage in self.stages.items() if stage.objective == "distillation"]:
+            wrong = f"stages.{names[0]}.objective = 'distillation': set it to 'cross_entropy'"
         else:
             return
         raise ValueError(f"parallel.runtime = 'deepspeed' does not work with {wrong}, or set parallel.runtime to 'torch'")
@@ -265,20 +141,52 @@ class RunConfig(Section):
         own = self.stages[name].model_dump(include={"checkpointing", "reshard_after_forward"}, exclude_none=True)
         return ParallelConfig.model_validate({**self.parallel.model_dump(), **own})
 
+    def model_of(self, name: str) -> ModelConfig:
+        """The model with the YaRN that stage ``name``, or the last stage before it that says so, sets otherwise."""
+        names = list(self.stages)
+        own = [yarn for stage in names[: names.index(name) + 1] if (yarn := self.stages[stage].yarn) is not None]
+        language = self.model.language.model_copy(update={"yarn": own[-1] if own else self.model.language.yarn})
+        return self.model.model_copy(update={"language": language})
+
+    def packs_of(self, name: str) -> int:
+        """Packs of a step of stage ``name``, over all processes."""
+        return self.stages[name].packs_per_step or self.data.packs_per_step
+
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages.values())
 
 
+class ChainConfig(Section):
+    name: str = Field("chain", pattern=r"^[^/\x00]+$")
+    """Names the chain's folder; that of the config's file when not given."""
+    chain: list[Path] = Field(min_length=1)
+    """Configs of its runs in order, by their paths from the folder of this file."""
+
+
 def load_config(path: Path) -> RunConfig:
     """Read and check a TOML file. Raises UserError naming the file, the key and what would be right."""
+    raw = read_toml(path)
+    if "chain" in raw:
+        raise UserError(f"config {path} is a chain of runs; name the config of one of them")
+    return parse_config({"name": path.stem, **raw}, f"config {path}")
+
+
+def load_chain(path: Path) -> ChainConfig | None:
+    """Read and check a TOML file that names the runs of a chain; None for one that is a run's. Raises UserError as
+    :func:`load_config` does."""
+    raw = read_toml(path)
+    return validated(ChainConfig, {"name": path.stem, **raw}, f"config {path}") if "chain" in raw else None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a TOML file. Raises UserError naming the file."""
     try:
-        raw = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: {error}") from error
-    return parse_config({"name": path.stem, **raw}, f"config {path}")
 
 
 def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
@@ -287,10 +195,15 @@ def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise UserError(f"{where}: preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
         raw = {**raw, "model": _merged(PRESETS[preset].model_dump(), raw.get("model", {}))}
+    return validated(RunConfig, raw, where)
+
+
+def validated(root: type[C], raw: dict[str, Any], where: str) -> C:
+    """The config that is the section ``root``, from a nested dict. ``where`` begins the message of the UserError."""
     try:
-        return RunConfig.model_validate(raw)
+        return root.model_validate(raw)
     except ValidationError as error:
-        found = [_explain(e) for e in error.errors()]
+        found = [_explain(e, root) for e in error.errors()]
         raise UserError(f"{where}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{where}:", *found])) from error
 
 
@@ -309,14 +222,16 @@ def _merged(values: dict[str, Any], changes: Any) -> Any:
     return {**values, **{k: _merged(values[k], v) if isinstance(values.get(k), dict) else v for k, v in changes.items()}}
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, root: type[BaseModel]) -> str:
     """One line for one finding of pydantic: the dotted key, what is wrong, the nearest known key."""
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
+    location = [str(part) for part in error["loc"] if part not in (NUMBER, PAIR)]
+    # Between the name of a step of a curation and its key pydantic has the kind of the step.
+    own = location[:2] + location[3:] if location[:1] == ["steps"] and len(location) > 2 else location
+    key = ".".join(own)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], root)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
+        hint = f"; did you mean {'.'.join([*own[:-1], near[0]])}?" if near else ""
         return f"{key}: unknown key{hint}"
     if error["type"] == "missing":
         return f"{key}: missing"
@@ -326,13 +241,19 @@ def _explain(error: Any) -> str:
     return f"{key}{': ' if key else ''}{error['msg'].removeprefix('Value error, ')}{shown}"
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    """The keys of the section at a dotted location; names of stages and sources are passed over."""
-    section: type[BaseModel] = RunConfig
+def _known_keys(location: list[str], root: type[BaseModel]) -> list[str]:
+    """The keys of the section at a dotted location; names of stages, sources and steps are passed over. Of sections that stand in one
+    place, their kind, which pydantic puts into the location, says which it is."""
+    sections = [root]
     for part in location:
-        info = section.model_fields.get(part)
-        candidates = [info.annotation] if info else []
-        if part == "stages":
-            candidates = [StageConfig]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), section)
-    return list(section.model_fields)
+        inside = [found for section in sections if (info := section.model_fields.get(part)) for found in _sections_in(info.annotation)]
+        of_kind = [section for section in sections if (info := section.model_fields.get("kind")) and info.default == part]
+        sections = inside or of_kind or sections
+    return list(sections[0].model_fields)
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """Every section in a type: in the values of a dict, in a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections_in(argument)]

@@ -24,6 +24,9 @@ class BadRecord(Exception):
         super().__init__(f"{cause}: {detail}")
         self.cause, self.detail = cause, detail
 
+    def __reduce__(self) -> tuple[type[BadRecord], tuple[str, str]]:
+        return BadRecord, (self.cause, self.detail)
+
 
 def tell(error: UserError | BadRecord, world: World | None) -> None:
     """Print what ends this process. The main one speaks for all that have the same to say; another rank speaks, and is named, where

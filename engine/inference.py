@@ -2,51 +2,59 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from json import dumps
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from smalt.model import MultimodalModel, build_model
+from smalt.model import ModelConfig, MultimodalModel, build_model
 from smalt.model.generate import Sampling
 from smalt.model.generate import generate as generate_tokens
 from smalt.parallel import alone
 from smalt.profiling.tables import print_table
 
 from .checkpoints import check_architecture, latest_checkpoint, load_tensors
+from .cli_options import write_json
 from .config import RunConfig
 from .data.chat import PLACEHOLDER, Mode
 from .data.records import Image, Record
 from .errors import UserError
-from .evaluation import evaluate, scores_json, scores_table
+from .evaluation import Condition, conditions_of, evaluate, open_tasks, scores_json, scores_table, with_questions, write_answers
+from .lineage import check_tokenizer
 from .plots import plot_run
-from .run_folder import CHECKPOINTS, EVALUATION, PLOT, read_config, read_metrics
+from .run_folder import CHECKPOINTS, EVALUATION, PLOT, answers_file, read_config, read_metrics
+from .sections import TaskConfig
 from .stage import PARAMETER_DTYPES
 from .trainer import RunData, open_data
+
+MOST_NAMED = 20  # records that could not be asked
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The model of a run's newest checkpoint, with the run's config and data."""
+    """The model of a run's newest checkpoint, with the run's config and data; step: of the checkpoint."""
 
     config: RunConfig
     model: MultimodalModel
     data: RunData
     device: torch.device
+    step: int
 
 
 def load_run(folder: Path) -> LoadedRun:
-    """Raises UserError when the folder holds no run or no checkpoint."""
+    """Raises UserError when the folder holds no run or no checkpoint, or data.tokenizer is not the one of its training."""
     config = read_config(folder)
     checkpoint = latest_checkpoint(folder / CHECKPOINTS, set_aside=False)
     check_architecture(checkpoint, config.model)
+    check_tokenizer(str(folder), checkpoint, config)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
-    model = build_model(config.model, config.seed, device, PARAMETER_DTYPES[config.dtype])
+    # Of the newest checkpoint: a stage may have another YaRN than the config of the model.
+    model = build_model(ModelConfig.model_validate(checkpoint.state["model"]), config.seed, device, PARAMETER_DTYPES[config.dtype])
     load_tensors(checkpoint, {f"model.{name}": p.data for name, p in model.named_parameters()})
-    return LoadedRun(config, model.eval(), open_data(config), device)
+    return LoadedRun(config, model.eval(), open_data(config), device, checkpoint.step)
 
 
 def make_question(prompt: str, images: Sequence[Path]) -> Record:
@@ -68,16 +76,47 @@ def respond(run: LoadedRun, question: Record, mode: Mode, budget: int | None, sa
     return encoder.decode(thought), answer
 
 
-def evaluate_run(folder: Path, questions: int | None) -> None:
-    """The final evaluation again: the table, evaluation.json and the plot."""
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation is asked to do otherwise than the run's config says. questions: a task; tasks: files by name, instead of its
+    tasks; mode, budget: the only ones; json, answers: files for the scores and the answers, beside those in the run's folder."""
+
+    questions: int | None = None
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    mode: Mode | None = None
+    budget: int | None = None
+    json: Path | None = None
+    answers: Path | None = None
+
+    @property
+    def is_the_final_one(self) -> bool:
+        return not self.tasks and self.mode is None and self.budget is None and self.questions is None
+
+
+def evaluate_run(folder: Path, asked: Asked) -> None:
+    """Print the scores. An evaluation of the run's tasks as its config has them is the final one again: its files are written anew."""
+    own = open_tasks({name: TaskConfig(path=path) for name, path in asked.tasks.items()})  # before the run, which takes longer
     run = load_run(folder)
-    if not run.data.questions:
-        raise UserError(f"the config of {folder} has no evaluation.sources")
-    console = Console(highlight=False)
+    tasks = with_questions(own or run.data.questions, asked.questions)
+    if not tasks:
+        raise UserError(f"the config of {folder} has no evaluation.tasks or evaluation.sources; give --task NAME=FILE")
+    conditions = list(conditions_of(tasks))
+    if asked.mode is not None or asked.budget is not None:
+        conditions = [Condition(name, asked.mode or "think", asked.budget) for name in tasks]
+    console, config = Console(highlight=False), run.config.evaluation
     with console.status("evaluating"):
-        limit = run.config.evaluation.questions if questions is None else questions
-        scores = evaluate(run.model, run.data.encoder, run.data.questions, run.config.evaluation, limit, alone(run.device))
-    (folder / EVALUATION).write_text(json.dumps(scores_json(scores), indent=1) + "\n")
-    print_table(console, scores_table(scores))
-    plot_run(read_metrics(folder), folder)
-    console.print(f"written to {folder / EVALUATION} and {folder / PLOT}", soft_wrap=True, markup=False)
+        found = evaluate(run.model, run.data.encoder, tasks, conditions, config, None, alone(run.device))
+    print_table(console, scores_table(found.scores, found.skipped))
+    for one in found.skipped[:MOST_NAMED]:
+        console.print(f"left out: record {one.record} of {one.source}: {one.cause}: {one.detail}", soft_wrap=True, markup=False)
+    if len(found.skipped) > MOST_NAMED:
+        console.print(f"and {len(found.skipped) - MOST_NAMED} more")
+    scores = scores_json(found.scores)
+    write_json(asked.json, scores)
+    if asked.answers is not None:
+        write_answers(asked.answers, run.step, found.answers)
+    if asked.is_the_final_one:
+        (folder / EVALUATION).write_text(dumps(scores, indent=1) + "\n")
+        write_answers(answers_file(folder, run.step), run.step, found.answers)
+        plot_run(read_metrics(folder), folder)
+        console.print(f"written to {folder / EVALUATION} and {folder / PLOT}", soft_wrap=True, markup=False)

@@ -1,8 +1,7 @@
-"""The optimiser of a stage over its trainable parameters, the learning rate of a step, and the optimiser's part of a checkpoint."""
+"""The optimiser of a stage over its trainable parameters, and its part of a checkpoint."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,11 +16,11 @@ from smalt.parallel.deepspeed import ZeroOptimizer
 from smalt.parallel.layout import first_index
 
 from .apex_adam import ApexAdam, find_fused_adam
-from .config import OptimizerConfig, StageConfig
 from .errors import UserError
 from .muon import Muon
 from .offload import Offloaded
 from .optimizer_state import adamw_state
+from .sections import OptimizerConfig, StageConfig
 
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Groups = list[dict[str, Any]]
@@ -38,16 +37,17 @@ def build_optimizer(model: MultimodalModel | ParallelModel, stage: StageConfig, 
     Raises UserError where apex is not there or cannot train these parameters.
     """
     groups = parameter_groups(model, stage, config)
+    rate = stage.learning_rate or 0.0  # every step sets its own; a continued stage has none
     if config.kind == "muon":
-        return Muon(groups, stage.learning_rate, momentum=config.momentum, betas=config.betas, eps=config.eps)
+        return Muon(groups, rate, momentum=config.momentum, betas=config.betas, eps=config.eps)
     if config.kind == "apex":
-        return _apex(groups, stage, config)
+        return _apex(groups, rate, config)
 
     def make(groups: Groups, origin: Callable[[Tensor], Tensor]) -> torch.optim.Optimizer:
         if config.kind == "adamw":
-            return torch.optim.AdamW(groups, stage.learning_rate, config.betas, config.eps, fused=True)
+            return torch.optim.AdamW(groups, rate, config.betas, config.eps, fused=True)
         dtype = STATE_DTYPES[config.state_dtype]
-        optimizer = AdamW(groups, stage.learning_rate, config.betas, config.eps, state_dtype=dtype)
+        optimizer = AdamW(groups, rate, config.betas, config.eps, state_dtype=dtype)
         # Rounding then depends on where an element is in the whole model, not in its shard or its pipeline stage: two of these have
         # copies of a tied weight, which must stay alike.
         numbers = _numbers(model)
@@ -93,7 +93,7 @@ def _multiplier(name: str, stage: StageConfig, num_layers: int) -> float:
     return stage.trainable[part] * stage.vision_layer_decay**depth
 
 
-def _apex(groups: Groups, stage: StageConfig, config: OptimizerConfig) -> ApexAdam:
+def _apex(groups: Groups, rate: float, config: OptimizerConfig) -> ApexAdam:
     fused_adam = find_fused_adam()
     for p in (p for group in groups for p in group["params"]):
         if not p.is_cuda or p.dtype == torch.float64:
@@ -101,7 +101,7 @@ def _apex(groups: Groups, stage: StageConfig, config: OptimizerConfig) -> ApexAd
                 f"optimizer.kind = apex: the parameters are {p.dtype} on {p.device}, and FusedAdam trains float32 on a GPU; set "
                 "optimizer.kind to adamw"
             )
-    return ApexAdam(groups, fused_adam, stage.learning_rate, config.betas, config.eps)
+    return ApexAdam(groups, fused_adam, rate, config.betas, config.eps)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, Tensor]:
@@ -132,19 +132,6 @@ def _state_of(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.
         else:
             optimizer.state[p] = adamw_state(p)
     return optimizer.state[p]
-
-
-def learning_rate(stage: StageConfig, step: int) -> float:
-    """Learning rate of step 0 .. steps - 1 of a stage, before the multipliers."""
-    if step < stage.warmup_steps:
-        return stage.learning_rate * (step + 1) / stage.warmup_steps
-    done = (step - stage.warmup_steps) / max(1, stage.steps - 1 - stage.warmup_steps)
-    decayed = {
-        "constant": 0.0,
-        "cosine": 0.5 * (1 - math.cos(math.pi * done)),
-        "wsd": max(0.0, (done - 0.8) / 0.2),
-    }[stage.schedule]
-    return stage.learning_rate * (1 - (1 - stage.final_share) * decayed)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

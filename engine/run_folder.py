@@ -10,44 +10,53 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
 from .config import RunConfig, parse_config
-from .data.stream import SkippedSample
+from .data.reading import SkippedSample
 from .errors import UserError
+from .evaluation import Answer, write_answers
 from .spikes import SPIKES
 from .tensor_files import sync_folder, write_file
 
-CONFIG, METRICS, SKIPPED, EVALUATION, PLOT, CHECKPOINTS, TRACES, STALLS = (
-    "config.json", "metrics.jsonl", "skipped.jsonl", "evaluation.json", "evaluation.png", "checkpoints", "traces",
-    "stalls.txt",
+CONFIG, METRICS, SKIPPED, EVALUATION, ANSWERS, PLOT, CHECKPOINTS, TRACES, STALLS, RESAMPLING, WANDB = (
+    "config.json", "metrics.jsonl", "skipped.jsonl", "evaluation.json", "answers", "evaluation.png", "checkpoints", "traces",
+    "stalls.txt", "resampling.jsonl", "wandb_id",
 )  # fmt: skip
+# Of the folder of a chain, which has those of its runs inside.
+CHAIN = "chain.json"
 # What tells whose the folder is: the id of the torchrun that writes there, and the file that its main process locks.
 TORCHRUN, LOCK = "torchrun_id", "lock"
 
 
-def new_run(config: RunConfig, folder: Path | None) -> Path:
-    """The folder of a new run, not yet made: the one given, or ``runs/NAME-DATE-TIME``. Raises UserError if it holds a run."""
-    path = folder or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    _refuse_a_run(path)
+def new_run(name: str, folder: Path | None) -> Path:
+    """The folder of a new run or chain, not yet made: the one given, or ``runs/NAME-DATE-TIME``. Raises UserError if it holds one."""
+    path = folder or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    refuse_a_run(path)
     return path
 
 
-def _refuse_a_run(path: Path) -> None:
-    if (path / CONFIG).exists():
-        raise UserError(f"{path} holds a run already; continue it with --resume or --continue, or choose another folder with --folder")
+def refuse_a_run(path: Path) -> None:
+    """Raise UserError where a folder is that of a run or of a chain already."""
+    if (path / CONFIG).exists() or (path / CHAIN).exists():
+        what = "run" if (path / CONFIG).exists() else "chain of runs"
+        raise UserError(
+            f"{path} holds a {what} already; continue it with --resume or --continue, or choose another folder with --folder"
+        )
 
 
-def latest_run(name: str, folder: Path | None) -> Path:
-    """The folder to resume: the one given, or the newest of this name. Raises UserError when there is none."""
+def latest_run(name: str, folder: Path | None, holds: str) -> Path:
+    """The folder to resume: the one given, or the newest of this name. holds: the file that makes it one. Raises UserError when there
+    is none."""
     if folder is not None:
-        if not (folder / CONFIG).exists():
-            raise UserError(f"{folder} holds no run to resume: {CONFIG} is missing")
+        if not (folder / holds).exists():
+            raise UserError(f"{folder} holds no run to resume: {holds} is missing")
         return folder
-    found = [path for path in _runs_named(name) if (path / CONFIG).exists()]
+    found = [path for path in _runs_named(name) if (path / holds).exists()]
     if not found:
         raise UserError(f"there is no run of {name!r} under runs/ to resume")
     return found[-1]
@@ -70,6 +79,12 @@ def run_of_this_torchrun(name: str, folder: Path | None, restarted: bool) -> Pat
         return None
     folders = [folder] if folder is not None else _runs_named(name)
     return next((path for path in reversed(folders) if _mark(path) == wanted), None)
+
+
+def mark_folder(folder: Path) -> None:
+    """Have workers that this torchrun restarts find a folder."""
+    if run_id := _torchrun_id():
+        (folder / TORCHRUN).write_text(run_id)
 
 
 def _mark(folder: Path) -> str | None:
@@ -124,6 +139,14 @@ def lock_folder(folder: Path, seconds: float) -> IO[str]:
     return file
 
 
+def make_folder(folder: Path, inside: str = "") -> None:
+    """Make the folder of a run, and one inside. Raises UserError where that cannot be done."""
+    try:
+        (folder / inside).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
 def _not_writable(folder: Path, error: OSError) -> UserError:
     return UserError(f"{folder} cannot be written to: {error.strerror}; choose another folder with --folder")
 
@@ -162,15 +185,11 @@ class RunFolder:
         self._opened = ExitStack()
         if not is_main:
             return
-        try:
-            (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _not_writable(path, error) from error
+        make_folder(path, CHECKPOINTS)
         self._opened.enter_context(lock or lock_folder(path, config.checkpoint.grace_seconds))
         if lock is None:
-            _refuse_a_run(path)
-        if run_id := _torchrun_id():
-            (path / TORCHRUN).write_text(run_id)
+            refuse_a_run(path)
+        mark_folder(path)
 
     def begin(self, resume_step: int | None) -> None:
         """Call when nothing of the config is left that could be refused: it is that of the run from here on.
@@ -187,8 +206,14 @@ class RunFolder:
         write_file(path / f"{CONFIG}.partial", [self.config.model_dump_json(indent=1).encode()])
         (path / f"{CONFIG}.partial").rename(path / CONFIG)
         sync_folder(path)
-        for name in (METRICS, SKIPPED, SPIKES):
+        for name in (METRICS, SKIPPED, SPIKES, RESAMPLING):
             _drop_after(path / name, resume_step or 0)
+        for answers in (path / ANSWERS).glob("step-*.jsonl"):
+            if int(answers.stem.removeprefix("step-")) > (resume_step or 0):
+                answers.unlink()
+        if (resume_step or 0) < self.config.total_steps:  # it was that of an earlier end
+            (path / EVALUATION).unlink(missing_ok=True)
+            (path / PLOT).unlink(missing_ok=True)
         self.metrics = self._opened.enter_context((path / METRICS).open("a"))
         self.skipped = self._opened.enter_context((path / SKIPPED).open("a"))
         from torch.utils.tensorboard import SummaryWriter
@@ -200,9 +225,13 @@ class RunFolder:
             import wandb
         except ImportError as error:
             raise UserError("logging.wandb_project is set but wandb is not installed: pip install 'smalt[wandb]'") from error
-        name = self.path.name
+        # Of this folder alone: runs of one name, as links of two chains, are two. A run that goes on is the one that it was.
+        file = self.path / WANDB
+        if not file.exists():
+            write_file(file, [uuid.uuid4().hex.encode()])
+        name = f"{self.path.parent.name}/{self.path.name}" if (self.path.parent / CHAIN).exists() else self.path.name
         return wandb.init(
-            project=self.config.logging.wandb_project, id=name, name=name, dir=str(self.path), resume="allow",
+            project=self.config.logging.wandb_project, id=file.read_text(), name=name, dir=str(self.path), resume="allow",
             config=self.config.model_dump(mode="json"),
         )  # fmt: skip
 
@@ -230,6 +259,14 @@ class RunFolder:
             self.skipped.write(json.dumps(line) + "\n")
         self.skipped.flush()
 
+    def resampled(self, step: int, stage: str, found: dict[str, float]) -> None:
+        """The weights that were posted after a step, named as metrics."""
+        if self.is_main:
+            with (self.path / RESAMPLING).open("a") as file:
+                file.write(json.dumps({"step": step, "stage": stage, **found}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
     def sync(self) -> None:
         """Put the lines so far on disk: a checkpoint is not to outlive those of the steps before it."""
         if self.is_main:
@@ -240,9 +277,19 @@ class RunFolder:
         if self.is_main:
             (self.path / name).write_text(json.dumps(value, indent=1) + "\n")
 
+    def write_answers(self, step: int, answers: Sequence[Answer]) -> None:
+        """Those of the evaluation after a step, in place of what an evaluation after it gave before."""
+        if self.is_main and answers:
+            write_answers(answers_file(self.path, step), step, answers)
+
     def close(self) -> None:
         """Free the folder."""
         self._opened.close()
+
+
+def answers_file(folder: Path, step: int) -> Path:
+    """The answers of the evaluation after a step."""
+    return folder / ANSWERS / f"step-{step:08d}.jsonl"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import SpikesConfig
-from .data.stream import SampleId
+from .data.loader import SampleId
+from .sections import SpikesConfig
 
 SPIKES = "spikes.jsonl"
 # The median absolute deviation of a normal distribution times this is its standard deviation.

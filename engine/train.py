@@ -1,4 +1,4 @@
-"""Train a model: ``torchrun engine/train.py [CONFIG.toml] [--continue] [--dry-run] [--stages.sft.steps 100 ...]``.
+"""Train a model, or a chain of them: ``torchrun engine/train.py [CONFIG.toml] [--continue] [--dry-run] [--stages.sft.steps 100 ...]``.
 
 This file is the recipe. Each line of it is one file of the engine.
 """
@@ -7,6 +7,7 @@ import faulthandler
 import sys
 import time
 
+from smalt.engine.chain import agree_on_chain
 from smalt.engine.errors import BadRecord, UserError, tell
 from smalt.engine.launch import Launch, agree_on_launch, lay_out_run, watch
 from smalt.engine.preemption import Preemption
@@ -14,16 +15,35 @@ from smalt.engine.trainer import Run, dry_run
 from smalt.parallel import Watchdog, World, leave_world, meet
 
 
-def train(launch: Launch, world: World, watchdog: Watchdog, preemption: Preemption) -> None:
+def train(launch: Launch, world: World, watchdog: Watchdog, preemption: Preemption) -> bool:
+    """Whether the run came to its end: it can be asked to stop before."""
     with Run(launch, world, watchdog, preemption) as run:
         for stage in run.stages():
             started = time.perf_counter()
             for batch in stage.batches():
                 result = stage.train_step(batch, preemption.asked)
                 if run.after_step(stage, batch, result, seconds=time.perf_counter() - started):
-                    return run.stop()
+                    run.stop()
+                    return False
                 started = time.perf_counter()
         run.finish()
+    return True
+
+
+def run(arguments: list[str], world: World, preemption: Preemption) -> bool:
+    """One run of processes that have met. Returns whether it came to its end."""
+    launch = agree_on_launch(arguments, world)
+    world, ended = lay_out_run(launch.config, world), True
+    if launch.dry_run:
+        plan = dry_run(launch, world)
+        if world.is_main:
+            print(plan)
+    else:
+        preemption.begin(launch.config.checkpoint.grace_seconds)
+        with watch(world, launch.folder) as watchdog:
+            ended = train(launch, world, watchdog, preemption)
+    leave_world(world)
+    return ended
 
 
 def main(arguments: list[str]) -> int:
@@ -31,17 +51,11 @@ def main(arguments: list[str]) -> int:
     try:
         with Preemption() as preemption:
             world = meet()
-            launch = agree_on_launch(arguments, world)
-            world = lay_out_run(launch.config, world)
-            if launch.dry_run:
-                plan = dry_run(launch, world)
-                if world.is_main:
-                    print(plan)
-            else:
-                preemption.begin(launch.config.checkpoint.grace_seconds)
-                with watch(world, launch.folder) as watchdog:
-                    train(launch, world, watchdog, preemption)
-            leave_world(world)
+            with agree_on_chain(arguments, world) as chain:
+                for link, joined in chain.links_left():
+                    if not run(link, joined, preemption):
+                        chain.stop()
+                        break
     except (UserError, BadRecord) as error:
         tell(error, world)
         return 1

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sized
 
 import torch
 from torch import Tensor
 
-from smalt.model import ModelConfig, MultimodalModel, build_model, count_parameters
-from smalt.parallel import FIRST_STEP, ParallelModel, Watchdog, World
+from smalt.model import MultimodalModel, build_model, count_parameters
+from smalt.model.tiling import ImageShape
+from smalt.parallel import FIRST_STEP, ParallelConfig, ParallelModel, Watchdog, World
 from smalt.parallel.compat import gathered_axis_by_axis
 from smalt.profiling.record import TraceRecorder, recording_folder
 
 from .checkpoints import Checkpoint, CheckpointWriter, checkpoint_before, distrust_from
 from .config import RunConfig
 from .data.agreement import Account, Entry, read_alike
-from .data.chat import ChatEncoder, ImageShape
+from .data.chat import ChatEncoder
 from .data.images import ImageLimits
 from .data.loader import StepBatch
-from .data.records import open_sources
+from .data.records import Records
+from .data.sources import CACHED_BYTES, open_sources
 from .errors import UserError
-from .evaluation import evaluate, headline, scores_json, scores_table
+from .evaluation import conditions_of, evaluate, headline, open_tasks, scores_json, scores_table
+from .initial import Beginnings, find_beginnings
 from .launch import Launch
 from .memory import explain_out_of_memory
 from .plots import plot_run
@@ -42,8 +45,10 @@ class Run:
     def __init__(self, launch: Launch, world: World, watchdog: Watchdog, preemption: Preemption):
         self.config, self.world, self.checkpoint = launch.config, world, launch.checkpoint
         self.watchdog, self.preemption = watchdog, preemption
-        _check_layout(self.config, world)
+        check_layout(self.config, world.parallel)
         self.data = open_alike(self.config, world)
+        with watchdog.pause("looking at what the run begins with"):
+            self.beginnings = open_beginnings(launch, world, self.data)
         self.step = self.checkpoint.step if self.checkpoint else 0
         self.counters: Counter[str] = Counter(self.checkpoint.state["counters"] if self.checkpoint else {})
         self.bad_steps: int = self.checkpoint.state.get("bad_steps", 0) if self.checkpoint else 0
@@ -70,7 +75,7 @@ class Run:
         for name in names:
             checkpoint = self.checkpoint if name == names[0] else None
             with self.watchdog.pause(f"building stage {name}"):
-                stage = Stage(self.config, name, self.world, self.data, self.model, checkpoint, self.step)
+                stage = Stage(self.config, name, self.world, self.data, self.model, checkpoint, self.step, self.beginnings)
             self.model = stage.model  # the last stage's weights are given up
             self.recorder = self._recorder()
             try:
@@ -108,15 +113,21 @@ class Run:
         values = {
             "stage": stage.name, "loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": stage.rate,
             "tokens_per_second": batch.tokens / seconds, "tokens": batch.tokens, "loss_tokens": batch.loss_tokens, "fill": batch.fill,
+            "cost_spread": batch.spread, "data_seconds": stage.waited,
             **{f"documents/{source}": n for source, n in sorted(batch.documents.items())}, **self.counters, **result.norms,
         }  # fmt: skip
-        if last_of_stage or _due(self.step, config.logging.validate_every):
+        resample = stage.resampler.due(stage.done)
+        if last_of_stage or resample or _due(self.step, config.logging.validate_every):
             with self.watchdog.pause("validation"):
                 values |= stage.validate()
+        if resample:
+            found = stage.resample(values)
+            self.folder.resampled(self.step, stage.name, found)
+            values |= found
         if _due(self.step, config.evaluation.every) and not last and not stop:
-            found = self._evaluate(config.evaluation.questions_during, final=False)
-            stop = found is None
-            values |= found or {}
+            scores = self._evaluate(config.evaluation.questions_during, final=False)
+            stop = scores is None
+            values |= scores or {}
         self.folder.log(self.step, values, charts=last_of_stage or _due(self.step, config.logging.every))
         self.writer.poll()
         # Before the save: what goes on from it must not judge this step again, nor have the weights that were given up.
@@ -131,8 +142,8 @@ class Run:
     def _save(self, stage: Stage) -> None:
         self.folder.sync()
         state = {
-            "model": self.config.model.model_dump(), "optimizer": self.config.optimizer.kind, "counters": dict(self.counters),
-            "bad_steps": self.bad_steps, **stage.state(),
+            "model": stage.model.config.model_dump(), "optimizer": self.config.optimizer.kind, "counters": dict(self.counters),
+            "bad_steps": self.bad_steps, "lineage": self.beginnings.lineage, **stage.state(),
         }  # fmt: skip
         with self.watchdog.pause("a checkpoint"):
             self.writer.save(self.step, stage.tensors(), state)
@@ -149,7 +160,7 @@ class Run:
         """The last save, the final evaluation, the plot. Raises UserError when the save fails."""
         self._finish_last_save()
         self.preemption.end_at_once()
-        self._evaluate(self.config.evaluation.questions, final=True)
+        self._evaluate(None, final=True)
         self.progress.close()
         if self.world.is_main:
             plot_run(read_metrics(self.folder.path), self.folder.path)
@@ -219,7 +230,7 @@ class Run:
         self.counters["checkpoints failed"] += 1
         self.progress.say(f"warning: {message}; going on, as checkpoint.on_error says")
 
-    def _evaluate(self, questions: int, final: bool) -> dict[str, float] | None:
+    def _evaluate(self, questions: int | None, final: bool) -> dict[str, float] | None:
         """Accuracies by name; the final ones are also written and shown. None where a rank was asked to end the run meanwhile."""
         if not self.data.questions or self.model is None:
             return {}
@@ -227,17 +238,20 @@ class Run:
         advice = f"a smaller evaluation.batch (now {config.batch}) or evaluation.max_tokens (now {config.max_tokens})"
         try:
             with self.watchdog.pause("evaluation"), explain_out_of_memory(self.model.parameters(), None, "evaluation", advice):
-                model = whole_model(self.model, self.config.model)
-                scores = evaluate(
-                    model, self.data.encoder, self.data.questions, config, questions, self.world, self._between_conditions
+                model = whole_model(self.model)
+                tasks = self.data.questions
+                found = evaluate(
+                    model, self.data.encoder, tasks, conditions_of(tasks), config, questions, self.world, self._between_conditions
                 )
         except _AskedToStop:
             self.progress.say(f"the evaluation after step {self.step} is given up: the run was asked to end")
             return None
+        self.folder.skip(self.step, found.skipped)
+        self.folder.write_answers(self.step, found.answers)
         if final:
-            self.folder.write_json(EVALUATION, scores_json(scores))
-            self.progress.say(scores_table(scores))
-        return headline(scores)
+            self.folder.write_json(EVALUATION, scores_json(found.scores))
+            self.progress.say(scores_table(found.scores, found.skipped))
+        return headline(found.scores)
 
     def _between_conditions(self, done: int, total: int) -> None:
         """Of an evaluation, which takes longer than whoever asks the run to end will wait."""
@@ -249,40 +263,57 @@ class Run:
 
 def open_data(config: RunConfig) -> RunData:
     """Tokenizer and sources. Raises UserError for what is missing or empty."""
-    vision, data = config.model.vision, config.data
-    limits = ImageLimits(data.max_image_bytes, data.max_image_pixels)
-    shape = ImageShape(vision.tile, vision.tokens_per_tile)
-    encoder = ChatEncoder.load(data.tokenizer, shape, config.model.language.vocabulary, limits)
-    return RunData(encoder, open_sources(data.sources), open_sources(data.validation), open_sources(config.evaluation.sources))
+    encoder = open_encoder(config)
+    sources, validation = open_sources_of(config, config.data.sources), open_sources_of(config, config.data.validation)
+    return RunData(encoder, sources, validation, open_tasks(config.evaluation.all_tasks()))
+
+
+def open_encoder(config: RunConfig) -> ChatEncoder:
+    limits = ImageLimits(config.data.max_image_bytes, config.data.max_image_pixels)
+    return ChatEncoder.load(config.data.tokenizer, ImageShape.of(config.model), config.model.language.vocabulary, limits)
+
+
+def open_sources_of(config: RunConfig, paths: Mapping[str, str]) -> dict[str, Records]:
+    """Sources by name, read as the config says."""
+    columns = {name: section.model_dump(exclude_none=True) for name, section in config.data.columns.items()}
+    return open_sources(paths, columns, CACHED_BYTES // max(1, config.data.workers))
 
 
 def open_alike(config: RunConfig, world: World) -> RunData:
     """:func:`open_data` on every rank. Raises UserError where one has a source of another length, from which another order follows."""
 
     def lengths(data: RunData) -> Account:
-        kinds = {"data.sources": data.sources, "data.validation": data.validation, "evaluation.sources": data.questions}
+        kinds: dict[str, Mapping[str, Sized]] = {
+            "data.sources": data.sources,
+            "data.validation": data.validation,
+            "evaluation": data.questions,
+        }
         return Account.of([Entry(f"{k}.{n}", f"{len(s)} records long") for k, sources in kinds.items() for n, s in sources.items()])
 
     return read_alike(world, "before the first step", lambda: open_data(config), lengths)
 
 
+def open_beginnings(launch: Launch, world: World, data: RunData) -> Beginnings:
+    """What the run begins with, or began with where it goes on."""
+    return find_beginnings(launch.config, world, data.reader, launch.checkpoint)
+
+
 def dry_run(launch: Launch, world: World) -> str:
     """Build everything that a run builds, leave no folder, and say what would run."""
     config = launch.config
-    _check_layout(config, world)
+    check_layout(config, world.parallel)
     data = open_alike(config, world)
     checkpoint = launch.checkpoint
-    stage = Stage(config, stages_left(config, checkpoint)[0], world, data, None, checkpoint, checkpoint.step if checkpoint else 0)
+    beginnings = open_beginnings(launch, world, data)
+    name, step = stages_left(config, checkpoint)[0], checkpoint.step if checkpoint else 0
+    stage = Stage(config, name, world, data, None, checkpoint, step, beginnings)
     batch = next(stage.batches(), None)
     stage.close()
-    model = build_model(config.model, config.seed, "meta")
+    model = build_model(stage.model.config, config.seed, "meta")
     lines = [
         "parameters: " + ", ".join(f"{part} {n:,}" for part, n in count_parameters(model).items()),
         "records: " + ", ".join(f"{name} {len(source):,}" for name, source in data.sources.items()),
-        *(
-            f"stage {n}: {s.steps} steps of {config.data.packs_per_step} x {s.sequence_length} tokens"
-            for n, s in config.stages.items()
-        ),
+        *(f"stage {n}: {s.steps} steps of {config.packs_of(n)} x {s.sequence_length} tokens" for n, s in config.stages.items()),
     ]
     if batch is not None:
         lines.append(f"first step: {sum(batch.documents.values())} documents, {batch.tokens} tokens, fill {batch.fill:.1%}")
@@ -310,23 +341,25 @@ def where_it_goes_on(checkpoint: Checkpoint, stage: Stage) -> str:
     return f"{checkpoint.path}, stage {stage.name}{f', {left} steps left' if left else ': nothing is left to train'}"
 
 
-def whole_model(model: ParallelModel, config: ModelConfig) -> MultimodalModel:
+def whole_model(model: ParallelModel) -> MultimodalModel:
     """The model itself where one process has it as it is, else a copy with every shard gathered."""
     if model.world.meshes is None and not model.autocast:
         return model.parts[0]
     with gathered_axis_by_axis():
         weights: dict[str, Tensor] = model.full_state()
     with torch.device("meta"):
-        copy = MultimodalModel(config)
+        copy = MultimodalModel(model.config)
     copy.load_state_dict(weights, assign=True)
     return copy
 
 
-def _check_layout(config: RunConfig, world: World) -> None:
+def check_layout(config: RunConfig, parallel: ParallelConfig) -> None:
+    """Raise UserError for what no layout of these sizes can train. parallel: with the sizes that it has over the processes."""
     try:
-        world.parallel.check_microbatches(config.data.packs_per_step)
         for name, stage in config.stages.items():
-            world.parallel.check_model(config.model, stage.sequence_length, f"stages.{name}.sequence_length")
+            key = f"stages.{name}.packs_per_step" if stage.packs_per_step else "data.packs_per_step"
+            parallel.check_microbatches(config.packs_of(name), key)
+            parallel.check_model(config.model, stage.sequence_length, f"stages.{name}.sequence_length")
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -17,7 +17,8 @@ class Document:
     """One sample, ready for the model; numpy, because it is made in worker threads.
 
     tokens: int64 [L]; targets: bool [L], whether token i is to be predicted (from token i - 1); image_index: int64 [V], the rows
-    that vision embeddings replace, in order; tiles: float32 [N, 3, S, S]; spans: int64 [M, 2], start and end row of each image;
+    that vision embeddings replace, in order; tiles: [N, 3, S, S], uint8 or as the vision tower sees them (see_as); spans: int64
+    [M, 2], start and end row of each image;
     source, record: where the sample came from.
     """
 
@@ -48,14 +49,20 @@ class PackedBatch:
     labels: Tensor  # int64 [T], the next token or IGNORE
     loss_weight: Tensor  # float32 [T]
     image_index: Tensor  # int64 [V], rows of tokens
-    tiles: Tensor  # float [N, 3, S, S]
+    tiles: Tensor  # [N, 3, S, S], uint8 as they were decoded (see_as), or float in [-1, 1]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PackedBatch:
-        """The batch on a device, its tiles in a dtype."""
+        """The batch on a device, its tiles as a model of that dtype sees them."""
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
         if dtype is not None:
-            moved["tiles"] = moved["tiles"].to(dtype)
+            moved["tiles"] = see_as(moved["tiles"], dtype)
         return PackedBatch(**moved)
+
+
+def see_as(tiles: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tiles as the vision tower sees them. Decoded ones stay uint8 until they are where they are used, a quarter of the bytes; they
+    become [-1, 1], SigLIP's normalisation."""
+    return tiles.to(dtype) / 127.5 - 1.0 if tiles.dtype == torch.uint8 else tiles.to(dtype)
 
 
 def intervals(length: int, spans: np.ndarray, image_attention: Literal["bidirectional", "causal"]) -> tuple[np.ndarray, np.ndarray]:
@@ -107,5 +114,5 @@ def pack(
         labels=torch.from_numpy(labels),
         loss_weight=torch.from_numpy((labels != IGNORE).astype(np.float32)),
         image_index=torch.from_numpy(np.concatenate(image_index)),
-        tiles=torch.from_numpy(np.concatenate(tiles)) if tiles else torch.zeros(0, 3, side, side),
+        tiles=torch.from_numpy(np.concatenate(tiles)) if tiles else torch.zeros(0, 3, side, side, dtype=torch.uint8),
     )

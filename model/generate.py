@@ -92,25 +92,30 @@ def generate(
     sampling: Sampling,
     budgets: int | Sequence[int | None] | None = None,
     use_cache: bool = True,
+    numbers: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Continue each prompt until its end token or ``sampling.max_tokens``.
 
     A prompt whose last token is ``think_start`` is in think mode; ``budgets`` (one for all, or one a prompt; None: unlimited) is the
     number of tokens it may think before the closing sequence is forced. What a prompt is continued with does not depend on
     its neighbours, up to rounding. ``use_cache=False`` recomputes everything at each step; it is there to check against.
-    Raises ValueError for an empty prompt or a negative budget.
+    ``numbers``: from which, with the seed, the draws of each prompt follow; its place among the prompts when not given.
+    Raises ValueError for an empty prompt or a negative budget, number, or one too few of them.
     """
     each = list(budgets) if isinstance(budgets, Sequence) else [budgets] * len(prompts)
     if len(each) != len(prompts):
         raise ValueError(f"{len(each)} budgets for {len(prompts)} prompts")
     if any(b is not None and b < 0 for b in each):
         raise ValueError("a thinking budget is a number of tokens, at least 0")
+    numbers = range(len(prompts)) if numbers is None else numbers
+    if len(numbers) != len(prompts) or min(numbers, default=0) < 0:
+        raise ValueError(f"{len(numbers)} numbers for {len(prompts)} prompts, one of at least 0 is needed for each")
     if any(len(p) == 0 for p in prompts):
         raise ValueError("an empty prompt cannot be continued")
     if not prompts:
         return []
     turns = [_Turn(p, b, control) for p, b in zip(prompts, each, strict=True)]
-    uniform = _uniform_draws(len(prompts), sampling)
+    uniform = _uniform_draws(numbers, sampling)
     source = _CachedLogits(model, prompts, sampling.max_tokens) if use_cache else _UncachedLogits(model, prompts)
     active = list(range(len(prompts)))
     while active:
@@ -130,12 +135,12 @@ def generate(
     return [t.completion for t in turns]
 
 
-def _uniform_draws(num: int, sampling: Sampling) -> Tensor:
+def _uniform_draws(numbers: Sequence[int], sampling: Sampling) -> Tensor:
     """One number in [0, 1) a sequence and token, each row from its own generator: a neighbour more changes nothing."""
     if sampling.temperature == 0:
-        return torch.zeros(num, sampling.max_tokens, dtype=torch.float64)
+        return torch.zeros(len(numbers), sampling.max_tokens, dtype=torch.float64)
     # numpy mixes all of the key into its state; torch's CPU generator keeps the low 32 bits of a seed and drops the others.
-    keys = [np.random.SeedSequence(sampling.seed, spawn_key=(index,)) for index in range(num)]
+    keys = [np.random.SeedSequence(sampling.seed, spawn_key=(number,)) for number in numbers]
     return torch.from_numpy(np.stack([np.random.default_rng(key).random(sampling.max_tokens) for key in keys]))
 
 
@@ -171,7 +176,7 @@ class _CachedLogits:
         self.device = model.language.head_weight.device
         lengths = [len(p) for p in prompts]
         batch = pack(list(prompts), sum(lengths), model.config.image_attention, model.config.vision.tile).to(self.device)
-        x = model.embed(batch.tokens, batch.image_index, batch.tiles.to(model.language.head_weight.dtype))
+        x = model.embed(batch.tokens, batch.image_index, batch.tiles)
         capacity = max(lengths) + max_tokens
         self.layers = [LayerCache(len(prompts), capacity, model.config.language, x) for _ in model.language.blocks]
         sequence = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(lengths)).to(self.device)

@@ -136,7 +136,8 @@ class LanguageModel(nn.Module):
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, D/2] in at least fp32."""
         wide = torch.promote_types(dtype, torch.float32)
-        return rotary_table(positions, self.config.head_dim, self.config.rope_theta, wide)
+        scaling = self.config.yarn.scaling if self.config.yarn else None
+        return rotary_table(positions, self.config.head_dim, self.config.rope_theta, wide, scaling)
 
     def forward(self, x_TC: Tensor, rows: Rows, step: CacheStep | None = None) -> Tensor:
         for i, block in enumerate(self.blocks.values()):

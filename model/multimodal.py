@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from smalt.kernels import linear_cross_entropy
 
-from .batch import PackedBatch
+from .batch import PackedBatch, see_as
 from .config import ModelConfig
 from .language import LanguageModel
 from .vision import Projector, VisionTower
@@ -43,7 +43,7 @@ class MultimodalModel(nn.Module):
         if image_index.shape[0] != expected:
             raise ValueError(f"{image_index.shape[0]} image rows for {tiles.shape[0]} tiles; the tiles make {expected} tokens")
         x = residual_stream(self.language.embedding(tokens))
-        return x.index_copy(0, image_index, self.see(tiles.to(x.dtype)).to(x.dtype))
+        return x.index_copy(0, image_index, self.see(see_as(tiles, x.dtype)).to(x.dtype))
 
     def see(self, tiles: Tensor) -> Tensor:
         """Tiles [N, 3, S, S] as rows of the language model, [V, C]."""

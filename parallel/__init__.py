@@ -2,11 +2,12 @@
 
 from .batch import PackShard
 from .config import ParallelConfig
-from .mesh import World, alone, join_world, lay_out, leave_world, meet
+from .distillation import Distillation, make_teacher
+from .mesh import World, alone, join_world, lay_out, leave_world, meet, rejoin
 from .model import ParallelModel
 from .watchdog import FIRST_STEP, Watchdog
 
 __all__ = [
-    "FIRST_STEP", "PackShard", "ParallelConfig", "ParallelModel", "Watchdog", "World", "alone", "join_world", "lay_out", "leave_world",
-    "meet",
+    "FIRST_STEP", "Distillation", "PackShard", "ParallelConfig", "ParallelModel", "Watchdog", "World", "alone", "join_world",
+    "lay_out", "leave_world", "make_teacher", "meet", "rejoin",
 ]  # fmt: skip

@@ -35,12 +35,14 @@ class TileExchange:
 class PackShard:
     """What one rank computes of a pack. ``rows`` are those of its rank of cp, [T / cp] with T tokens in the pack.
 
-    tokens, positions, labels, loss_weight: of these rows; kv_start, kv_end: of the whole pack; rounds: how keys come, for cp with
+    tokens, positions, labels, loss_weight: of these rows; documents: int64, number in the pack of the document of each of these rows,
+    of those that no document fills any; kv_start, kv_end: of the whole pack; rounds: how keys come, for cp with
     "gather"; tiles: those that go through this rank's vision tower; exchange: where what it makes of them goes.
     """
 
     tokens: Tensor
     positions: Tensor
+    documents: Tensor
     kv_start: Tensor
     kv_end: Tensor
     labels: Tensor
@@ -64,8 +66,8 @@ def shard_pack(batch: PackedBatch, tokens_per_tile: int, world: World) -> PackSh
 
     tiles, exchange = _share_tiles(batch, tokens_per_tile, rows, world)
     return PackShard(
-        of_rows(batch.tokens), of_rows(batch.positions), batch.kv_start.to(device), batch.kv_end.to(device), of_rows(batch.labels),
-        of_rows(batch.loss_weight), rounds, tiles.to(device), exchange,
+        of_rows(batch.tokens), of_rows(batch.positions), of_rows((batch.positions == 0).cumsum(0) - 1), batch.kv_start.to(device),
+        batch.kv_end.to(device), of_rows(batch.labels), of_rows(batch.loss_weight), rounds, tiles.to(device), exchange,
     )  # fmt: skip
 
 

@@ -116,20 +116,29 @@ def set_memory_budget(share: float) -> None:
     config.activation_memory_budget = share
 
 
-def keep_buffers() -> None:
-    """Compiled code leaves saved activations alone, for a backward pass that is cut in two reads them twice (``donated_buffer``)."""
+def donate_buffers(on: bool) -> None:
+    """Whether compiled code may write over saved activations (``donated_buffer``): a backward pass cut in two reads them twice."""
     import torch._functorch.config as config
 
-    config.donated_buffer = False
+    config.donated_buffer = on
 
 
-def enable_async_tp(group: ProcessGroup) -> None:
-    """Let compiled code run collectives inside the products beside them (``_micro_pipeline_tp``)."""
+def set_async_tp(group: ProcessGroup | None) -> None:
+    """Let compiled code run collectives of a group inside the products beside them, or of none (``_micro_pipeline_tp``)."""
     import torch._inductor.config as config
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
-    config._micro_pipeline_tp = True
-    enable_symm_mem_for_group(group.group_name)
+    config._micro_pipeline_tp = group is not None
+    if group is not None:
+        enable_symm_mem_for_group(group.group_name)
+
+
+def forget_meshes() -> None:
+    """Forget what torch has found out of meshes (``_clear_sharding_prop_cache``). It takes those of one shape over the same ranks for
+    one mesh, groups and all, and the groups of the one before are gone."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
 
 
 def scale_gradients(gradients: list[Tensor], factor: float) -> None:

@@ -184,17 +184,16 @@ class ParallelConfig(FrozenSection):
         if wrong:
             raise ValueError("\n".join(["parallel:", *(f"  {line}" for line in wrong)]))
 
-    def check_microbatches(self, packs_per_step: int) -> int:
-        """Packs of a step on each data rank. Raises ValueError where they do not divide, or are too few for the pipeline."""
+    def check_microbatches(self, packs_per_step: int, key: str = "data.packs_per_step") -> int:
+        """Packs of a step on each data rank. key: their name in the config. Raises ValueError where they do not divide, or are too few
+        for the pipeline."""
         replicas = self.dp * (self.fsdp or 1)
         if packs_per_step % replicas:
-            raise ValueError(
-                f"data.packs_per_step = {packs_per_step} is not a multiple of dp {self.dp} x fsdp {self.fsdp} = {replicas}"
-            )
+            raise ValueError(f"{key} = {packs_per_step} is not a multiple of dp {self.dp} x fsdp {self.fsdp} = {replicas}")
         count = packs_per_step // replicas
         if self.pp > 1 and (count < self.pp or count % self.pp):
             raise ValueError(
                 f"a pipeline of {self.pp} ranks needs a multiple of {self.pp} packs a step on each data rank, and has {count}: "
-                f"data.packs_per_step = {packs_per_step} over dp {self.dp} x fsdp {self.fsdp}"
+                f"{key} = {packs_per_step} over dp {self.dp} x fsdp {self.fsdp}"
             )
         return count

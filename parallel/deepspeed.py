@@ -25,6 +25,7 @@ from smalt.model.language import DecoderBlock
 from .batch import PackShard
 from .config import ParallelConfig
 from .gradients import check_gradients
+from .layout import Bounds
 from .mesh import World
 from .model import ParallelModel, freeze
 from .part import ModelPart
@@ -211,6 +212,13 @@ class DeepSpeedModel(ParallelModel):
         theirs = dict(other.named_parameters())
         for name, p in self.named_parameters():
             self._write(p, self._whole(theirs[name]))
+
+    def fill(self, values: Mapping[str, Callable[[Bounds], Tensor]]) -> None:
+        """Take weights from elsewhere. Each is made whole on every rank, one after the other."""
+        shapes = {name: p.shape for name, p in self.skeleton.named_parameters()}
+        for name, p in self.named_parameters():
+            if name in values:
+                self._write(p, values[name](tuple((0, size) for size in shapes[name])))
 
     def full_state(self) -> dict[str, Tensor]:
         """Every parameter of the model, whole, on each rank. Every rank of the world calls it."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .compat import record_collectives, set_group_timeout
+from .compat import forget_meshes, record_collectives, set_group_timeout
 from .config import AXES, ParallelConfig
 from .meeting import TIMEOUT, alive, meet_in_store, open_store, wait_for_alive
 from .watchdog import group_timeout
@@ -156,9 +156,9 @@ def meet() -> World:
         return World(0, 1, cpu, ParallelConfig(), None, restarted=restarts > 0)
     store, restarted = meet_in_store(open_store(), rank, size, restarts)
     record_collectives()
-    kind = "cuda" if torch.cuda.is_available() and dist.is_nccl_available() else "cpu"
-    dist.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    return World(rank, size, cpu, ParallelConfig(), None, store, restarted=restarted)
+    world = World(rank, size, cpu, ParallelConfig(), None, store, restarted=restarted)
+    _join_all(world)
+    return world
 
 
 def lay_out(world: World, device: str, parallel: ParallelConfig) -> World:
@@ -198,6 +198,7 @@ def _device(kind: str) -> torch.device:
 def build_meshes(parallel: ParallelConfig, kind: str, timeout: timedelta = TIMEOUT) -> Meshes:
     """The meshes over all processes of the default group. kind: "cpu" or "cuda"; timeout: of their groups."""
     pp, dp, fsdp, cp, tp = (getattr(parallel, axis) for axis in AXES)
+    forget_meshes()  # of a layout that these processes had before
 
     # Each view is a mesh of its own over all ranks: slices of a flattened axis are private to torch, and about to go. Backends are
     # named so that an axis over all ranks has a group of its own: in one group weights and keys would wait for each other.
@@ -227,3 +228,20 @@ def leave_world(world: World) -> None:
     """Close the process group."""
     if world.meshes is not None:
         dist.destroy_process_group()
+
+
+def rejoin(world: World, name: str) -> World:
+    """The processes of :func:`meet` once more, when they have left the layout that they had: a group of all and keys in the store that
+    nothing has used yet, under a name that was not given before; every rank calls it."""
+    if world.size == 1:
+        return world
+    assert world.store is not None
+    store = dist.PrefixStore(name, world.store)
+    again = replace(world, store=store)
+    _join_all(again)
+    return again
+
+
+def _join_all(world: World) -> None:
+    kind = "cuda" if torch.cuda.is_available() and dist.is_nccl_available() else "cpu"
+    dist.init_process_group(BACKENDS[kind], store=world.store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)

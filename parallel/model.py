@@ -17,14 +17,15 @@ from smalt.model.init import initial_rows
 
 from . import gradients
 from .batch import PackShard, shard_pack
-from .layout import local_bounds, local_part
+from .layout import Bounds, local_bounds, local_part
 from .mesh import World
-from .part import ModelPart
+from .part import ModelPart, Readout, likelihood
 from .recompute import compile_blocks, recompute_blocks
 from .sharding import round_weights, shard_part
 from .tensor import tensor_parallel
 
 if TYPE_CHECKING:
+    from .distillation import Distillation
     from .pipeline import Pipeline
 
 TIED = "language.embedding.weight"
@@ -60,6 +61,7 @@ class ParallelModel:
         self.parts = [self._build(blocks, trainable, seed) for blocks in mine]
         self.pipeline: Pipeline | None = None
         self.tied_group = self._group_of_tied()
+        self.distillation: Distillation | None = None
         self.checked = False
 
     def _build(self, blocks: range, trainable: Collection[str], seed: int) -> ModelPart:
@@ -117,19 +119,25 @@ class ParallelModel:
         """Add the gradients of all packs of this replica, reduced over ranks once, at the last, or as ``reduce_every_pack`` says.
 
         loss(nll, shard) is a sum over rows, divided by what all ranks know. Returns this rank's share of the loss, whose sum over the
-        world is the whole, float64 without dims.
+        world is the whole, float64 without dims. Where there is a ``distillation``, its loss of a row stands in for the nll.
         """
         self._begin(packs)
+        if self.distillation is not None:
+            self.distillation.begin(self.parts)
         if self.world.parallel.pp > 1:
             total = self._pipelined(len(packs), loss, backward=True)
         else:
             (part,), total, numbers = self.parts, self._zero(), self._numbers(len(packs))
             for i, shard in enumerate(part.shards):
+                if self.distillation is not None:
+                    self.distillation.look(i)
                 if isinstance(part, FSDPModule):
                     part.set_requires_gradient_sync(i == len(packs) - 1 or self.world.parallel.reduce_every_pack)
                 value = loss(part(microbatch=numbers[i]), shard)
                 value.backward()
                 total += value.detach()
+        if self.distillation is not None:
+            self.distillation.end()
         if not self.checked:
             gradients.check_gradients(dict(self.named_parameters()))
             self.checked = True
@@ -157,12 +165,25 @@ class ParallelModel:
             (part,), numbers = self.parts, self._numbers(len(packs))
             for i, shard in enumerate(part.shards):
                 total += loss(part(microbatch=numbers[i]), shard)
-        # FSDP keeps gathered weights for a backward pass: those of the root, and of blocks that do not give them up. The next forward
-        # pass would find them as they were, whatever became of the weights.
+        self.reshard()
+        return total / self.world.parallel.tp
+
+    @torch.no_grad()
+    def hidden(self, shards: list[PackShard]) -> list[Tensor]:
+        """Normed hidden rows [T / (cp tp), C] of each pack on the ranks that have the last part, nothing elsewhere; for a model that
+        is asked for nothing else. Weights that FSDP has gathered stay so until :meth:`reshard`."""
+        self._set(shards, lambda part, hidden, number: hidden)
+        if self.world.parallel.pp > 1:
+            return self._pipeline_of(len(shards), gives_hidden=True).run(lambda output, number: output, backward=False)
+        (part,) = self.parts
+        return [part(microbatch=number) for number in self._numbers(len(shards))]
+
+    def reshard(self) -> None:
+        """Give up the weights that FSDP has gathered and keeps for a backward pass: those of the root, and of blocks that do not give
+        them up. The next forward pass would find them as they were, whatever became of the weights."""
         for module in (module for part in self.parts for module in part.modules()):
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return total / self.world.parallel.tp
 
     def gradient_norm(self) -> float:
         """L2 norm of the whole gradient, the same on every rank."""
@@ -199,6 +220,16 @@ class ParallelModel:
                 arrived = torch.empty_like(tensor, memory_format=torch.contiguous_format)
                 dist.recv(arrived, group=group, group_src=sender)
                 tensor.copy_(arrived)
+
+    @torch.no_grad()
+    def fill(self, values: Mapping[str, Callable[[Bounds], Tensor]]) -> None:
+        """Take weights from elsewhere, before the first step; every rank of the world calls it.
+
+        values: by the name of a parameter, what gives the part of it within bounds; parameters without a name there stay as they are.
+        """
+        for name, p in self.named_parameters():
+            if name in values:
+                local_part(p).copy_(values[name](local_bounds(p)))
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors of a checkpoint that were loaded: here they are weights and state themselves, and nothing is left to do.
@@ -238,21 +269,26 @@ class ParallelModel:
         return stage % self.world.parallel.pp
 
     def _begin(self, packs: list[PackedBatch]) -> None:
-        shards = [shard_pack(one, self.config.vision.tokens_per_tile, self.world) for one in packs]
+        self._set([shard_pack(one, self.config.vision.tokens_per_tile, self.world) for one in packs], likelihood)
+
+    def _set(self, shards: list[PackShard], readout: Readout) -> None:
         for part in self.parts:
-            part.shards, part.turn = shards, 0
+            part.shards, part.turn, part.readout = shards, 0, readout
 
     def _pipelined(self, count: int, loss: Callable[[Tensor, PackShard], Tensor], backward: bool) -> Tensor:
+        shards = self.parts[0].shards
+        found = self._pipeline_of(count).run(lambda output, number: loss(output, shards[number]), backward)
+        return sum((value.double() for value in found), start=self._zero())
+
+    def _pipeline_of(self, count: int, gives_hidden: bool = False) -> Pipeline:
         if self.pipeline is None:
             from .pipeline import Pipeline  # torch's takes a while to import, and only a pipeline needs it
 
             rows = self.sequence_length // (self.world.parallel.cp * self.world.parallel.tp)
-            self.pipeline = Pipeline(self.parts, self.world, rows, count, self.dtype)
+            self.pipeline = Pipeline(self.parts, self.world, rows, count, self.dtype, gives_hidden)
         if count != self.pipeline.num_microbatches:
             raise ValueError(f"{count} packs for a pipeline that was made for {self.pipeline.num_microbatches}")
-        shards = self.parts[0].shards
-        found = self.pipeline.run(lambda output, number: loss(output, shards[number]), backward)
-        return sum((value.double() for value in found), start=self._zero())
+        return self.pipeline
 
     def _numbers(self, count: int) -> tuple[Tensor, ...]:
         """Of microbatches, where the model is: FSDP would copy them there, and make the host wait."""

@@ -35,8 +35,11 @@ class Pipeline:
     Packs differ in tiles, and torch cannot cut them into microbatches: it is given their numbers, and each part looks its share up.
     """
 
-    def __init__(self, parts: list[ModelPart], world: World, rows: int, num_microbatches: int, dtype: torch.dtype):
-        """rows: of the hidden states between parts, T / (cp tp); dtype: of these states."""
+    def __init__(
+        self, parts: list[ModelPart], world: World, rows: int, num_microbatches: int, dtype: torch.dtype, gives_hidden: bool = False
+    ):
+        """rows: of the hidden states between parts, T / (cp tp); dtype: of these states; gives_hidden: the last part's output is such
+        rows too, not a loss of each."""
         assert world.meshes is not None
         parallel, group = world.parallel, world.meshes.pp.get_group()
         self.num_microbatches, self.device = num_microbatches, world.device
@@ -49,7 +52,7 @@ class Pipeline:
         for number, part in enumerate(parts):
             index = number * parallel.pp + world.coordinates["pp"]
             inputs = torch.empty(1, dtype=torch.int64, device="meta") if part.is_first else hidden
-            outputs = nll if part.is_last else hidden
+            outputs = nll if part.is_last and not gives_hidden else hidden
             stages.append(_Stage(part, index, parallel.num_stages, world.device, input_args=inputs, output_args=outputs, group=group))
         schedule = SCHEDULES[parallel.schedule]
         # The loss is divided by its denominator already; torch would divide the gradients by the number of microbatches too.

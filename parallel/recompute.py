@@ -39,13 +39,10 @@ def compile_blocks(part: ModelPart, world: World) -> None:
     parallel = world.parallel
     if not parallel.compile:
         return
-    if parallel.memory_budget is not None:
-        compat.set_memory_budget(parallel.memory_budget)
-    if parallel.schedule == "zero_bubble" and parallel.pp > 1:
-        compat.keep_buffers()
-    if parallel.async_tp:
-        assert world.meshes is not None
-        compat.enable_async_tp(world.meshes.tp.get_group())
+    # All three are of the process: one that trains run after run has those of the last one otherwise.
+    compat.set_memory_budget(1.0 if parallel.memory_budget is None else parallel.memory_budget)
+    compat.donate_buffers(not (parallel.schedule == "zero_bubble" and parallel.pp > 1))
+    compat.set_async_tp(world.meshes.tp.get_group() if world.meshes is not None and parallel.async_tp else None)
     for block in _blocks(part):
         block.compile()
 

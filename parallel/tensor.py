@@ -105,12 +105,12 @@ def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, mesh: DeviceMesh) 
     rows = cast_as_autocast_does(all_gather(hidden, group))
     lse, target, *_ = statistics(rows, weight, labels, start, 1.0, None, True, current_backend(rows))
     # Every rank computes the whole loss of its rows: each takes back the gradient of its own part, and none is added.
-    lses, targets = _gather_replicated(torch.stack([lse, target]), mesh).unbind(1)
+    lses, targets = gather_replicated(torch.stack([lse, target]), mesh).unbind(1)
     ignored = labels == IGNORE
     whole = lses.masked_fill(ignored, 0.0).logsumexp(0)
     return (whole - targets.sum(0)).masked_fill(ignored, 0.0)
 
 
-def _gather_replicated(x: Tensor, mesh: DeviceMesh) -> Tensor:
+def gather_replicated(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The x [...] of all ranks, [size, ...], for a computation that every rank does alike."""
     return DTensor.from_local(x[None], mesh, [Shard(0)], run_check=False).redistribute(mesh, [Replicate()]).to_local()

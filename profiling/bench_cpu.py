@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from smalt.kernels import IGNORE
 from smalt.model import Document, ModelConfig, MultimodalModel, PackedBatch, build_model, pack
+from smalt.model.batch import see_as
 
 from .internvl import build_internvl, check_comparable
 from .tables import print_table
@@ -218,10 +219,10 @@ def _pad(documents: list[Document], image_token: int) -> dict[str, Tensor]:
         tokens[row, : len(d)], mask[row, : len(d)] = d.tokens, 1
         labels[row, : len(d)] = np.where(d.targets, d.tokens, IGNORE)
     batch = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
-    tiles = [d.tiles for d in documents if len(d.tiles)]
-    if tiles:
-        batch["pixel_values"] = np.concatenate(tiles)
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    if tiles := [torch.from_numpy(d.tiles) for d in documents if len(d.tiles)]:
+        tensors["pixel_values"] = see_as(torch.cat(tiles), torch.float32)
+    return tensors
 
 
 def _image_token(documents: list[Document]) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from smalt.model import ModelConfig, MultimodalModel
+from smalt.model.transformers_names import HEAD, TRANSFORMERS_HEAD, decoder_name, vision_name
 
 
 def check_comparable(config: ModelConfig) -> None:
@@ -55,44 +56,16 @@ def build_internvl(smalt: MultimodalModel, image_token: int) -> nn.Module:
     return model.train()
 
 
-PARTS = {
-    "vision.patch_embed": "model.vision_tower.embeddings.patch_embedding",
-    "vision.position": "model.vision_tower.embeddings.position_embedding.weight",
-    "vision.blocks": "model.vision_tower.encoder.layers",
-    "vision.norm": "model.vision_tower.post_layernorm",
-    "projector.up": "model.multi_modal_projector.linear_1",
-    "projector.down": "model.multi_modal_projector.linear_2",
-    "language.embedding": "model.language_model.embed_tokens",
-    "language.blocks": "model.language_model.layers",
-    "language.norm": "model.language_model.norm",
-    "language.head": "lm_head",
-}
-ATTENTION = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
-VISION = {
-    **ATTENTION,
-    "norm1": "layer_norm1",
-    "out": "self_attn.out_proj",
-    "norm2": "layer_norm2",
-    "up": "mlp.fc1",
-    "down": "mlp.fc2",
-}
-LANGUAGE = {
-    **ATTENTION,
-    "norm1": "input_layernorm",
-    "out": "self_attn.o_proj",
-    "norm2": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
+_PROJECTOR = {"projector.up": "linear_1", "projector.down": "linear_2"}
 
 
 def internvl_name(name: str) -> str:
     """InternVL's name of Smalt's parameter: of vision.blocks.0.up.bias, model.vision_tower.encoder.layers.0.mlp.fc1.bias."""
-    part = next(p for p in PARTS if name.startswith(p))
-    rest = name.removeprefix(part)
-    if not part.endswith("blocks"):
-        return PARTS[part] + rest
-    _, layer, *_, leaf, kind = rest.split(".")
-    leaves = VISION if part.startswith("vision") else LANGUAGE
-    return f"{PARTS[part]}.{layer}.{leaves[leaf]}.{kind}"
+    if name == HEAD:
+        return TRANSFORMERS_HEAD
+    part, _, kind = name.rpartition(".")
+    if part in _PROJECTOR:
+        return f"model.multi_modal_projector.{_PROJECTOR[part]}.{kind}"
+    if name.startswith("vision."):
+        return f"model.vision_tower.{vision_name(name)}"
+    return f"model.language_model.{decoder_name(name)}"

@@ -3,7 +3,7 @@
 The model is built on the meta device over torch's fake process group. Counted are weights, gradients and AdamW's two moments in
 fp32, the weights in bf16 that are gathered at a time (the root, and two of the largest blocks: one computes, the next one comes),
 whole gradients in fp32 that wait for the last pack of a step, and what full activation checkpointing keeps, the input of every block.
-Not counted: what one block computes with, the tiles' activations, buffers of collectives, fragmentation.
+Not counted: what one block computes with, the tiles and their activations, buffers of collectives, fragmentation.
 """
 
 from __future__ import annotations

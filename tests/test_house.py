@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("kernels", "model", "parallel", "profiling", "engine")
+ROOMS = ("kernels", "model", "parallel", "profiling", "engine", "integrations")
 SOURCES = [p for room in ROOMS for p in sorted((ROOT / room).rglob("*.py"))]
 
 
@@ -35,6 +35,7 @@ def test_kernels_and_model_know_no_process_group():
     assert not [f for f in found if f[1].startswith("torch.distributed")]
 
 
+@pytest.mark.slow
 def test_rooms_are_imported_under_one_name():
     assert not [(p, name) for p in SOURCES for name in imports(p) if name.split(".")[0] in ROOMS]
 
@@ -44,7 +45,11 @@ def test_optional_libraries_are_not_loaded_by_the_default_run():
     code = "import sys, smalt.engine.trainer, smalt.engine.cli; print([m for m in sys.modules if '.' not in m])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert "'torch'" in loaded
-    assert not [m for m in ("transformers", "wandb", "sklearn", "deepspeed", "vllm") if f"'{m}'" in loaded]
+    optional = (
+        "transformers", "wandb", "sklearn", "deepspeed", "vllm", "datasets", "lm_eval", "math_verify", "datasketch", "imagehash",
+        "py3langid",
+    )  # fmt: skip
+    assert not [m for m in optional if f"'{m}'" in loaded]
 
 
 def test_no_file_of_engine_shadows_a_library():

@@ -1,7 +1,7 @@
-"""What the ranks have read, compared before it is used.
+"""What the ranks have read of held-out data, compared before it is used.
 
-Every rank reads and packs for itself, so that no data crosses the network. A file can be bad, missing or another one on one machine
-alone; its ranks would then go on with steps of their own, with no error and wrong numbers.
+Every rank reads it for itself. A file can be bad, missing or another one on one machine alone; its ranks would then go on with numbers
+of their own, with no error. (What is trained on is shared out, and compared, by :mod:`.loader`.)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
@@ -17,7 +17,7 @@ from smalt.model import Document
 from smalt.parallel import World
 
 from ..errors import UserError
-from .stream import SkippedSample
+from .reading import SkippedSample
 
 T = TypeVar("T")
 
@@ -56,9 +56,8 @@ class Account:
     fingerprint: int
 
     @staticmethod
-    def of(entries: list[Entry], packs: Iterable[Iterable[int]] = ()) -> Account:
-        """packs: what was made of them, in numbers."""
-        content = [(e.name, e.outcome) for e in entries], [list(numbers) for numbers in packs]
+    def of(entries: list[Entry]) -> Account:
+        content = [(e.name, e.outcome) for e in entries]
         digest = hashlib.blake2b(repr(content).encode(), digest_size=8).digest()
         return Account(entries, int.from_bytes(digest) >> 1)
 
@@ -93,13 +92,7 @@ def _explain(world: World, where: str, own: Account, failure: Exception | None) 
     main = world.agree(lambda: own.entries)
     pairs = enumerate(itertools.zip_longest(own.entries, main))
     first = next((number for number, (ours, theirs) in pairs if ours != theirs), None)
-    differing = [number for number in world.gather(first) if number is not None]
-    if not differing:
-        raise UserError(
-            f"{where}: the ranks have read the same data and packed it differently; install the same versions on every machine, then "
-            "--resume"
-        )
-    at = min(differing)
+    at = min(number for number in world.gather(first) if number is not None)
     views = world.gather(own.entries[at] if at < len(own.entries) else None)
     raise UserError(f"{where}: the ranks read different data: {describe(views)}; give every machine the same files, then --resume")
 

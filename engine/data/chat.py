@@ -10,20 +10,22 @@ modes. A thought that is cut at a budget is closed by a ``</think>`` that was fo
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from smalt.model import Document
 from smalt.model.generate import ControlTokens
+from smalt.model.tiling import Grid, ImageShape
 
 from ..errors import BadRecord, UserError
-from .images import ImageLimits, decode_tile
-from .records import Record
+from .images import ImageLimits, decode_tiles, image_size
+from .records import Image, Record
 
 Mode = Literal["think", "answer"]
 SPECIAL_TOKENS = (
@@ -39,12 +41,39 @@ def split_thought(content: str) -> tuple[str | None, str]:
     return (match[1], match[2]) if match else (None, content)
 
 
-@dataclass(frozen=True)
-class ImageShape:
-    """How an image enters the model: side of its tile in pixels, and tokens it takes."""
+def num_placeholders(messages: Iterable[tuple[str, str]]) -> int:
+    """Places of images. The model makes none: in its own turns the word is text."""
+    return sum(content.count(PLACEHOLDER) for role, content in messages if role != "assistant")
 
-    side: int
-    tokens: int
+
+@dataclass(frozen=True)
+class Draft:
+    """A document of whose images only the headers were read, its tiles still to be decoded; grids: of each image."""
+
+    document: Document
+    images: tuple[Image, ...]
+    grids: tuple[Grid, ...]
+
+    @property
+    def num_tiles(self) -> int:
+        return sum(grid.num_tiles for grid in self.grids)
+
+    def piece(self, low: int, high: int) -> Draft:
+        """Rows low to high as a draft of its own, whose first token is context only. Neither border is inside an image."""
+        whole = self.document
+        targets = whole.targets[low:high].copy()
+        targets[:1] = False
+        rows = whole.image_index[(whole.image_index >= low) & (whole.image_index < high)]
+        inside = np.flatnonzero((whole.spans[:, 0] >= low) & (whole.spans[:, 1] <= high))
+        document = replace(
+            whole, tokens=whole.tokens[low:high], targets=targets, image_index=rows - low, spans=whole.spans[inside] - low
+        )
+        return Draft(document, tuple(self.images[i] for i in inside), tuple(self.grids[i] for i in inside))
+
+    def decode(self, side: int, limits: ImageLimits) -> Document:
+        """The document with its tiles, of that side in pixels. Raises BadRecord."""
+        tiles = [decode_tiles(image, grid, side, limits) for image, grid in zip(self.images, self.grids, strict=True)]
+        return replace(self.document, tiles=np.concatenate(tiles)) if tiles else self.document
 
 
 class ChatEncoder:
@@ -60,6 +89,10 @@ class ChatEncoder:
         # Some tokenizer.json files bring these along; both would corrupt documents silently.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled tokenizer forgets what __init__ sets.
+        return ChatEncoder, (self.tokenizer, self.image, self.limits)
 
     @classmethod
     def load(cls, path: Path, image: ImageShape, vocabulary: int, limits: ImageLimits) -> ChatEncoder:
@@ -81,13 +114,19 @@ class ChatEncoder:
         return ControlTokens(self.ids["<think>"], think_end, self.ids["<|end|>"], close=(think_end,))
 
     def sample(self, record: Record, mode: Mode, cut: float | None = None) -> Document:
+        """:meth:`draft`, decoded."""
+        return self.draft(record, mode, cut).decode(self.image.side, self.limits)
+
+    def draft(self, record: Record, mode: Mode, cut: float | None = None) -> Draft:
         """A training document. Think mode needs a thought in the last assistant turn, else the document is in answer mode.
 
         cut: share of the thought to keep, in [0, 1); the close is then forced. Thoughts of earlier turns are left out, as they are
-        at inference. Raises BadRecord.
+        at inference. A record that is one message of the role "text" is learned whole. Raises BadRecord.
         """
         builder = _Builder(self, record)
         last = len(record.messages) - 1
+        if record.messages[0][0] == "text":
+            return self._text(builder, record)
         if record.messages[last][0] != "assistant":
             raise BadRecord("no answer", "the last message is not the assistant's")
         for i, (role, content) in enumerate(record.messages):
@@ -104,10 +143,17 @@ class ChatEncoder:
             else:
                 builder.open("answer")
             builder.add([*self.text(answer), self.ids["<|end|>"]], target=True)
-        return builder.document()
+        return builder.draft()
+
+    def _text(self, builder: _Builder, record: Record) -> Draft:
+        builder.content(record.messages[0][1], target=True)
+        builder.add([self.ids["<|end|>"]], target=True)
+        return builder.draft()
 
     def prompt(self, record: Record, mode: Mode) -> Document:
         """Everything up to where generation starts; a last assistant message is left out. Raises BadRecord."""
+        if record.messages[0][0] == "text":
+            raise BadRecord("no question", "a message of the role text asks nothing")
         messages = record.messages[:-1] if record.messages[-1][0] == "assistant" else record.messages
         builder = _Builder(self, record)
         for role, content in messages:
@@ -117,7 +163,7 @@ class ChatEncoder:
             else:
                 builder.turn(role, content)
         builder.open(mode)
-        return builder.document()
+        return builder.draft().decode(self.image.side, self.limits)
 
     def text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -141,8 +187,11 @@ class _Builder:
     """Appends pieces of one conversation and keeps track of targets and images."""
 
     def __init__(self, encoder: ChatEncoder, record: Record):
+        if (places := num_placeholders(record.messages)) != len(record.images):
+            detail = f"{places} {PLACEHOLDER} in the messages, {len(record.images)} images"
+            raise BadRecord("placeholder mismatch", detail)
         self.encoder, self.record = encoder, record
-        self.ids, self.targets, self.spans = list[int](), list[bool](), list[tuple[int, int]]()
+        self.ids, self.targets, self.spans, self.grids = list[int](), list[bool](), list[tuple[int, int]](), list[Grid]()
 
     def add(self, ids: list[int], target: bool) -> None:
         self.ids += ids
@@ -156,27 +205,33 @@ class _Builder:
     def turn(self, role: str, content: str) -> None:
         ids = self.encoder.ids
         self.add([ids[f"<|{role}|>"]], target=False)
-        for i, text in enumerate(content.split(PLACEHOLDER)):
-            if i:
-                n = self.encoder.image.tokens
-                self.spans.append((len(self.ids), len(self.ids) + n))
-                self.add([ids["<|image|>"]] * n, target=False)
-            if text:
-                self.add(self.encoder.text(text), target=False)
+        self.content(content, target=False)
         self.add([ids["<|end|>"]], target=False)
 
-    def document(self) -> Document:
-        images = self.record.images
-        if len(images) != len(self.spans):
-            raise BadRecord("placeholder mismatch", f"{len(self.spans)} {PLACEHOLDER} in the messages, {len(images)} images")
+    def content(self, content: str, target: bool) -> None:
+        for i, text in enumerate(content.split(PLACEHOLDER)):
+            if i:
+                self.image(self.record.images[len(self.grids)])
+            if text:
+                self.add(self.encoder.text(text), target)
+
+    def image(self, image: Image) -> None:
+        shape = self.encoder.image
+        grid = shape.grid(*image_size(image, self.encoder.limits))
+        num_rows = shape.tokens * grid.num_tiles
+        self.spans.append((len(self.ids), len(self.ids) + num_rows))
+        self.grids.append(grid)
+        self.add([self.encoder.ids["<|image|>"]] * num_rows, target=False)
+
+    def draft(self) -> Draft:
         side = self.encoder.image.side
-        tiles = [decode_tile(image, side, self.encoder.limits) for image in images]
-        return Document(
+        document = Document(
             tokens=np.array(self.ids, np.int64),
             targets=np.array(self.targets, bool),
             image_index=np.concatenate([np.arange(low, high) for low, high in self.spans] or [np.zeros(0, np.int64)]),
-            tiles=np.stack(tiles) if tiles else np.zeros((0, 3, side, side), np.float32),
+            tiles=np.zeros((0, 3, side, side), np.uint8),
             spans=np.array(self.spans, np.int64).reshape(-1, 2),
             source=self.record.source,
             record=self.record.number,
         )
+        return Draft(document, self.record.images, tuple(self.grids))

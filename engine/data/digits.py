@@ -24,7 +24,7 @@ from .chat import PLACEHOLDER, SPECIAL_TOKENS
 HELD_OUT_SHARE = 0.2
 VARIANTS = 12  # augmented copies of each training image
 VOCABULARY = 320
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
@@ -96,21 +96,22 @@ TASKS = {
 
 
 def write_digits(folder: Path, records: int = 20_000, questions: int = 500, seed: int = 0) -> dict[str, int]:
-    """Write ``train/TASK.parquet``, ``held_out/TASK.parquet`` and ``tokenizer.json`` into ``folder``; returns records by file.
+    """Write ``train/TASK.parquet``, ``held_out/TASK.parquet``, ``train/text.parquet``, which has the sums without images, and
+    ``tokenizer.json`` into ``folder``; returns records by file.
 
     ``examples/0.png`` to ``9.png`` are held-out digits, to ask a trained model about.
 
     records: training records a task; questions: held-out records a task. The same arguments write the same bytes of records.
     """
-    pixels, labels = _load()
+    pixels, labels = read_digits()
     folder.mkdir(parents=True, exist_ok=True)  # before what takes seconds
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
     held_out, train = np.split(order, [int(HELD_OUT_SHARE * len(labels))])
-    augmented = _augment(np.repeat(pixels[train], VARIANTS, axis=0), rng)
+    augmented = augment(np.repeat(pixels[train], VARIANTS, axis=0), rng)
     pools = {
-        "train": ([_png(p) for p in augmented], np.repeat(labels[train], VARIANTS)),
-        "held_out": ([_png(p) for p in pixels[held_out]], labels[held_out]),
+        "train": ([png(p) for p in augmented], np.repeat(labels[train], VARIANTS)),
+        "held_out": ([png(p) for p in pixels[held_out]], labels[held_out]),
     }
     written, texts = {}, list[str]()
     for split, (pngs, pool_labels) in pools.items():
@@ -119,16 +120,22 @@ def write_digits(folder: Path, records: int = 20_000, questions: int = 500, seed
             counts = task.counts if split == "train" else task.held_out_counts
             rows = [_record(task, counts, pngs, pool_labels, rng) for _ in range(records if split == "train" else questions)]
             path = folder / split / f"{name}.parquet"
-            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path, row_group_size=1000)
+            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path, row_group_size=1000)
             written[str(path)] = len(rows)
             texts += [m["content"].replace(PLACEHOLDER, "") for row in rows[:1000] for m in row["messages"]]
+    path = folder / "train" / "text.parquet"
+    # Numbers of its own: those of the tasks stay what they were before there was text.
+    text_rng = np.random.default_rng([seed, 1])
+    rows = [_text_record(TASKS["sum"], text_rng) for _ in range(records)]
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path, row_group_size=1000)
+    written[str(path)] = len(rows)
     _write_examples(folder / "examples", *pools["held_out"])
-    _tokenizer(texts).save(str(folder / "tokenizer.json"))
+    train_tokenizer(texts).save(str(folder / "tokenizer.json"))
     (folder / "digits.json").write_text(json.dumps({"seed": seed, "records": records, "questions": questions}))
     return written
 
 
-def _load() -> tuple[np.ndarray, np.ndarray]:
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
     """Pixels, float [1797, 8, 8] from 0 to 16, and labels."""
     try:
         from sklearn.datasets import load_digits
@@ -138,7 +145,7 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
     return data.images, data.target
 
 
-def _augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Rotate by up to 15 degrees, shift by up to 0.8 pixels, scale by up to 10%, and add noise; bilinear, all images at once."""
     n, size = len(pixels), pixels.shape[-1]
     angle, scale = np.deg2rad(rng.uniform(-15, 15, n)), rng.uniform(0.9, 1.1, n)
@@ -159,7 +166,8 @@ def _augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(moved + rng.normal(0, 0.6, moved.shape), 0, 16)
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def png(pixels: np.ndarray) -> bytes:
+    """A picture, [S, S] grey or [S, S, 3] of colours, from 0 to 16."""
     buffer = io.BytesIO()
     Image.fromarray(np.round(pixels * 255 / 16).astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -174,18 +182,26 @@ def _write_examples(folder: Path, pngs: list[bytes], labels: np.ndarray) -> None
 def _record(task: Task, counts: tuple[int, ...], pngs: list[bytes], labels: np.ndarray, rng: np.random.Generator) -> dict:
     chosen = rng.integers(len(pngs), size=counts[rng.integers(len(counts))])
     digits = [int(d) for d in labels[chosen]]
+    images = [{"bytes": pngs[i], "path": None} for i in chosen]
+    return {"messages": _messages(task, digits, PLACEHOLDER * len(digits), rng), "images": images}
+
+
+def _text_record(task: Task, rng: np.random.Generator) -> dict:
+    """The same question about digits that are written out."""
+    digits = rng.integers(10, size=task.counts[rng.integers(len(task.counts))]).tolist()
+    return {"messages": _messages(task, digits, f"{_spelled(digits)}:", rng), "images": []}
+
+
+def _messages(task: Task, digits: list[int], shown: str, rng: np.random.Generator) -> list[dict[str, str]]:
     question = task.questions[rng.integers(len(task.questions))]
     thought = task.thoughts[rng.integers(len(task.thoughts))](digits)
-    return {
-        "messages": [
-            {"role": "user", "content": PLACEHOLDER * len(digits) + question},
-            {"role": "assistant", "content": f"<think>{thought}</think>{task.answer(digits)}"},
-        ],
-        "images": [{"bytes": pngs[i], "path": None} for i in chosen],
-    }
+    return [
+        {"role": "user", "content": shown + question},
+        {"role": "assistant", "content": f"<think>{thought}</think>{task.answer(digits)}"},
+    ]
 
 
-def _tokenizer(texts: list[str]) -> Tokenizer:
+def train_tokenizer(texts: list[str]) -> Tokenizer:
     """Byte-level BPE that keeps every digit and sign a token of its own, so that arithmetic is over digits."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -13,8 +13,8 @@ from ..errors import BadRecord
 from .agreement import Account, Entry, read_alike
 from .chat import ChatEncoder
 from .loader import num_targets
-from .records import ParquetRecords
-from .stream import SkippedSample
+from .reading import SkippedSample
+from .records import Records
 
 
 class ValidationSet:
@@ -22,7 +22,7 @@ class ValidationSet:
 
     def __init__(
         self,
-        sources: Mapping[str, ParquetRecords],
+        sources: Mapping[str, Records],
         encoder: ChatEncoder,
         limit: int,
         length: int,
@@ -52,7 +52,7 @@ class ValidationSet:
         return result
 
 
-def _read_alike(records: ParquetRecords, encoder: ChatEncoder, limit: int, world: World) -> list[Document | SkippedSample]:
+def _read_alike(records: Records, encoder: ChatEncoder, limit: int, world: World) -> list[Document | SkippedSample]:
     """The first samples, the same on every rank. Raises UserError where they are not."""
     return read_alike(
         world,
@@ -62,7 +62,7 @@ def _read_alike(records: ParquetRecords, encoder: ChatEncoder, limit: int, world
     )
 
 
-def _sample(records: ParquetRecords, number: int, encoder: ChatEncoder) -> Document | SkippedSample:
+def _sample(records: Records, number: int, encoder: ChatEncoder) -> Document | SkippedSample:
     try:
         return encoder.sample(records[number], "think")
     except BadRecord as error:  # training reports bad records; a held-out one is left out of every measurement alike

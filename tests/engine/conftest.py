@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from smalt.engine.checkpoints import CheckpointWriter
+from smalt.engine.config import parse_config
 from smalt.engine.data.digits import write_digits
+from smalt.parallel import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,11 +42,12 @@ def _values(digits):
         },
         "data": {
             "tokenizer": digits / "tokenizer.json",
-            "sources": {task: digits / "train" / f"{task}.parquet" for task in ("read", "sum")},
-            "validation": {"read": digits / "held_out" / "read.parquet"},
+            "sources": {task: str(digits / "train" / f"{task}.parquet") for task in ("read", "sum")},
+            "validation": {"read": str(digits / "held_out" / "read.parquet")},
             "validation_documents": 8,
             "packs_per_step": 2,
             "window": 16,
+            "workers": 0,
         },
         "stages": {
             "align": {**stage, "steps": 3, "mixture": {"read": 1.0}, "trainable": {"projector": 1.0}, "schedule": "constant"},
@@ -54,7 +58,7 @@ def _values(digits):
         },
         "checkpoint": {"every": 2},
         "evaluation": {
-            "sources": {task: digits / "held_out" / f"{task}.parquet" for task in ("read", "sum")},
+            "sources": {task: str(digits / "held_out" / f"{task}.parquet") for task in ("read", "sum")},
             "budget_tasks": ["sum"], "budgets": [0, 4], "questions": 4, "max_tokens": 6,
         },
     }  # fmt: skip
@@ -104,6 +108,22 @@ def tiny_config(tiny_values, tmp_path):
     return write
 
 
+@pytest.fixture
+def save_run(tiny_values):
+    """save_run(folder, model): a run whose checkpoint holds the weights of a model."""
+
+    def save(folder, model):
+        config = parse_config(tiny_values() | {"model": model.config.model_dump()}, "test")
+        folder.mkdir()
+        (folder / "config.json").write_text(config.model_dump_json())
+        writer = CheckpointWriter(folder / "checkpoints", 1, alone(torch.device("cpu")), pytest.fail)
+        writer.save(1, {f"model.{n}": p.data for n, p in model.named_parameters()}, {"model": config.model.model_dump()})
+        writer.wait()
+        return folder
+
+    return save
+
+
 @pytest.fixture(scope="session")
 def train_command():
     """train_command(args, nproc=1, options=()): the command of the README as a list, to be run in the root of the repository.
@@ -140,7 +160,7 @@ def _figures(folder):
     """What a run computed, by step: everything but its speed."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "data_seconds", "cost_spread")} for line in lines]
 
 
 def _tensors(folder):

@@ -15,10 +15,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from smalt.engine.config import OptimizerConfig, StageConfig
 from smalt.engine.muon import Muon
 from smalt.engine.norms import module_norms, optimizer_norms
 from smalt.engine.optimizers import build_optimizer, optimizer_tensors, set_learning_rate
+from smalt.engine.sections import OptimizerConfig, StageConfig
 from smalt.kernels import AdamW
 from smalt.model import LanguageConfig, ModelConfig, VisionConfig, build_model
 from smalt.parallel import ParallelConfig, World, alone

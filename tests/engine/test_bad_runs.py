@@ -19,7 +19,7 @@ import torch
 from smalt.engine import checkpoints, launch
 from smalt.engine.config import load_config
 from smalt.engine.data.packing import PackerState
-from smalt.engine.stage import Stage, loader_state
+from smalt.engine.stage import Stage
 from smalt.engine.train import main
 from smalt.engine.trainer import open_data
 from smalt.parallel import Watchdog, alone
@@ -101,9 +101,8 @@ def test_a_source_of_nothing_but_bad_records_ends_the_run(spoiled, tiny_config, 
     changes = {**ONE_STAGE, "data.sources": {"photos": tmp_path / "hopeless.parquet"}, "stages.sft.mixture": {"photos": 1.0}}
     code, said = run(tiny_config(changes))
     assert code == 1
-    assert said.startswith("error: no usable record: 256 records in a row were skipped")
+    assert said.startswith("error: no usable record: nothing of 2 steps in a row could be decoded (of the last: ")
     assert "corrupt image" in said
-    assert "missing image" in said
 
 
 @pytest.mark.parametrize(
@@ -142,6 +141,7 @@ def test_documents_longer_than_a_pack_are_skipped_and_counted(tiny_config, run, 
     assert len(metrics) == 4
 
 
+@pytest.mark.slow
 def test_documents_longer_than_a_pack_can_be_split(tiny_config, run, lines):
     code, _ = run(tiny_config({**ONE_STAGE, "stages.sft.sequence_length": 30, "data.long_documents": "split"}))
     assert code == 0
@@ -149,6 +149,7 @@ def test_documents_longer_than_a_pack_can_be_split(tiny_config, run, lines):
     assert sum(m["loss_tokens"] for m in lines("metrics.jsonl")) > 0
 
 
+@pytest.mark.slow
 def test_steps_without_a_loss_token_are_skipped_and_counted(tiny_config, run, lines):
     """Pieces of 8 tokens: many hold nothing but a question, and one of them is a step."""
     changes = {"stages.sft.sequence_length": 8, "data.long_documents": "split", "data.packs_per_step": 1, "stages.sft.steps": 12}
@@ -161,6 +162,7 @@ def test_steps_without_a_loss_token_are_skipped_and_counted(tiny_config, run, li
     assert [m["grad_norm"] == 0 for m in metrics] == empty
 
 
+@pytest.mark.slow
 def test_held_out_documents_that_all_are_too_long_have_no_loss_rather_than_a_perfect_one(tiny_config, run, lines, digits):
     changes = {"stages.sft.sequence_length": 24, "data.validation": {"sum": digits / "held_out" / "sum.parquet"}}
     code, _ = run(tiny_config({**ONE_STAGE, **changes}))
@@ -366,26 +368,13 @@ def test_a_run_that_goes_on_in_another_order_says_so(tiny_config, run, tmp_path)
     assert "another order" not in said
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").read_text())
     cursor, carried = state["loader"]["cursor"], len(state["loader"]["carried"])
-    changes = "--stages.sft.steps 4 --seed 1 --stages.sft.mixture.read 1 --stages.sft.mixture.sum 3"
-    code, said = run(config, "--resume", *changes.split())
+    code, said = run(config, "--resume", "--stages.sft.steps", "4", "--seed", "1")
     assert code == 0
     (warning,) = [line for line in said.splitlines() if "another order" in line]
     assert warning == (
-        f"warning: stage 'sft' goes on at sample {cursor} of another order than that of its checkpoint (seed: 0, now 1, sources: "
-        "[['read', 200, 0.4], ['sum', 200, 0.6]], now [['read', 200, 0.25], ['sum', 200, 0.75]]): some records come again and others "
-        f"never; {carried} documents that waited for a pack are given up"
+        f"warning: stage 'sft' goes on at sample {cursor} of another order than that of its checkpoint (seed: 0, now 1): some "
+        f"records come again and others never; {carried} documents that waited for a pack are given up"
     )
-
-
-def test_pieces_that_version_02_counted_are_said_to_depend_on_sequence_length(tiny_config, capsys):
-    config = load_config(tiny_config({**ONE_STAGE, "data.long_documents": "split"}))
-    world, data = alone(torch.device("cpu")), open_data(config)
-    whole = Stage(config, "sft", world, data, None, None)
-    whole.close()
-    old = {**whole.state(), "loader": {"cursor": 16, "carried": [[3, 0], [4, 1]]}}
-    del old["order"]
-    assert loader_state(old, whole.order, True, world).carried == [[3, 0], [4, 1]]
-    assert capsys.readouterr().err.startswith("warning: the checkpoint of stage 'sft' counts pieces of split documents")
 
 
 def test_a_wrong_value_is_said_before_anything_runs(tiny_config, run, tmp_path):

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image as PIL_Image
 from tokenizers import Tokenizer, models
 
-from smalt.engine.data.chat import SPECIAL_TOKENS, ChatEncoder, ImageShape, split_thought
+from smalt.engine.data.chat import SPECIAL_TOKENS, ChatEncoder, split_thought
 from smalt.engine.data.images import ImageLimits
 from smalt.engine.data.records import Image, Record
 from smalt.engine.errors import BadRecord, UserError
 from smalt.kernels import IGNORE
-from smalt.model import pack
+from smalt.model import TilingConfig, pack
+from smalt.model.tiling import ImageShape
 
 SHAPE = ImageShape(side=8, tokens=4)
 
@@ -74,7 +75,7 @@ def test_a_document_carries_its_images_where_their_rows_are(encoder):
     assert document.image_index.tolist() == list(range(1, 9))
     assert document.spans.tolist() == [[1, 5], [5, 9]]
     assert document.tiles.shape == (2, 3, 8, 8)
-    assert document.tiles.mean((1, 2, 3)).tolist() == [-1.0, 1.0]
+    assert document.tiles.mean((1, 2, 3)).tolist() == [0.0, 255.0]
     assert (document.source, document.record) == ("source", 7)
 
 
@@ -263,3 +264,27 @@ def test_a_missing_or_broken_tokenizer_is_named(tmp_path):
     (tmp_path / "broken.json").write_text('{"model": 3}')
     with pytest.raises(UserError, match=r"broken\.json cannot be read"):
         ChatEncoder.load(tmp_path / "broken.json", SHAPE, 320, ImageLimits())
+
+
+def test_a_text_is_learned_whole_but_for_its_images(encoder, spelled):
+    document = encoder.sample(_record(("text", "<image>black, <image>white"), images=[BLACK, WHITE]), "think")
+    image = ["<|image|>"] * 4
+    assert document.tokens.tolist() == spelled(*image, "black, ", *image, "white", "<|end|>")
+    assert _learned(document) == spelled("black, ", "white", "<|end|>")
+    with pytest.raises(BadRecord, match="no question"):
+        encoder.prompt(_record(("text", "x")), "answer")
+
+
+def test_an_image_takes_the_rows_of_its_tiles(encoder):
+    wide = ChatEncoder(encoder.tokenizer, ImageShape(8, 4, TilingConfig(max_rows=2, max_columns=3)))
+    buffer = io.BytesIO()
+    PIL_Image.new("L", (24, 16), 90).save(buffer, "PNG")
+    record = _record(("user", "<image>and<image>"), ("assistant", "x"), images=[Image(buffer.getvalue(), None), BLACK])
+    draft = wide.draft(record, "answer")
+    document = draft.decode(8, wide.limits)
+    assert draft.num_tiles == len(document.tiles) == 7 + 1
+    assert (document.spans[:, 1] - document.spans[:, 0]).tolist() == [28, 4]
+    assert len(document.image_index) == 4 * 8
+    batch = pack([document], len(document))
+    low, high = document.spans[0]
+    assert set(batch.kv_end[low:high].tolist()) == {high}

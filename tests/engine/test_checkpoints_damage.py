@@ -122,6 +122,7 @@ def test_the_one_before_is_used(three, kind, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_no_bit_of_any_file_can_flip_unseen(three):
     newest, kept, draw = three / "step-00000003", three / "kept", random.Random(0)
     shutil.copytree(newest, kept)
@@ -267,6 +268,7 @@ READERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
 @pytest.mark.parametrize("name", [SHARD, "state.json", "checksums.json"])

@@ -58,6 +58,7 @@ def test_continue_begins_and_goes_on_to_the_end_of_the_run(tiny_config, tmp_path
     assert again.splitlines()[:2] == lines.splitlines()[:2]
 
 
+@pytest.mark.slow
 def test_a_run_that_died_before_its_first_checkpoint_begins_anew_in_its_folder(tiny_config, tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints" / "step-00000002.partial").mkdir(parents=True)

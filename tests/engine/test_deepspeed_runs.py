@@ -62,7 +62,7 @@ def resumed(run, tmp_path, train):
 def figures(folder):
     """What a run computed, by step: everything but its speed."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "data_seconds", "cost_spread")} for line in lines]
 
 
 def differences(got, want):

@@ -21,7 +21,7 @@ def plain(tmp_path_factory):
     """Digits that were not augmented, so that a training image is found again by its pixels."""
     folder = tmp_path_factory.mktemp("plain")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits_module, "_augment", lambda pixels, rng: pixels)
+        patch.setattr(digits_module, "augment", lambda pixels, rng: pixels)
         patch.setattr(digits_module, "VARIANTS", 2)
         write_digits(folder, records=400, questions=200, seed=3)
     return folder
@@ -30,8 +30,8 @@ def plain(tmp_path_factory):
 @pytest.fixture(scope="module")
 def label_of():
     """Label by the pixels of each of scikit-learn's images."""
-    pixels, labels = digits_module._load()
-    known = {digits_module._png(p): int(label) for p, label in zip(pixels, labels, strict=True)}
+    pixels, labels = digits_module.read_digits()
+    known = {digits_module.png(p): int(label) for p, label in zip(pixels, labels, strict=True)}
     assert len(known) > 1790
     return {_pixels(png): label for png, label in known.items()}
 
@@ -48,6 +48,7 @@ def _images(folder, split):
     return {_pixels(image["bytes"]) for task in TASKS for row in _rows(folder, split, task) for image in row["images"]}
 
 
+@pytest.mark.slow
 def test_no_image_of_the_evaluation_was_trained_on(plain, label_of):
     train, held_out = _images(plain, "train"), _images(plain, "held_out")
     assert len(train) > 1000
@@ -68,6 +69,17 @@ def test_the_answers_are_true_of_the_images(plain, label_of, split, task, truth)
         assert split_thought(answer)[1] == truth(shown)
         assert question.count(PLACEHOLDER) == len(shown)
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+
+
+def test_text_asks_the_same_of_digits_that_are_written_out(plain):
+    rows = _rows(plain, "train", "text")
+    assert len(rows) == 400
+    for row in rows:
+        question, answer = (message["content"] for message in row["messages"])
+        digits, asked = question.split(":")
+        assert asked in TASKS["sum"].questions
+        assert split_thought(answer)[1] == str(sum(map(int, digits.split(","))))
+        assert row["images"] == []
 
 
 def _in_order(wanted, numbers):
@@ -116,8 +128,8 @@ def test_training_images_are_augmented_and_held_out_ones_are_not(digits, label_o
 
 
 def test_an_augmented_digit_still_looks_like_itself():
-    pixels = digits_module._load()[0][:200]
-    moved = digits_module._augment(pixels, np.random.default_rng(0))
+    pixels = digits_module.read_digits()[0][:200]
+    moved = digits_module.augment(pixels, np.random.default_rng(0))
     alike = np.corrcoef(pixels.reshape(200, -1), moved.reshape(200, -1))[:200, 200:]
     assert alike.diagonal().mean() > alike.mean() + 0.2
     assert (moved >= 0).all()
@@ -125,8 +137,9 @@ def test_an_augmented_digit_still_looks_like_itself():
     assert not np.array_equal(moved[0], pixels[0])
 
 
+@pytest.mark.slow
 def test_the_same_arguments_write_the_same_records(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(digits_module, "_augment", lambda pixels, rng: pixels)
+    monkeypatch.setattr(digits_module, "augment", lambda pixels, rng: pixels)
     monkeypatch.setattr(digits_module, "VARIANTS", 2)
     write_digits(tmp_path / "same", records=400, questions=200, seed=3)
     write_digits(tmp_path / "other", records=400, questions=200, seed=4)
@@ -157,7 +170,7 @@ def test_any_text_survives_the_tokenizer(digits, text):
 
 
 def test_the_examples_are_held_out_digits_under_their_own_names(plain):
-    pixels, labels = digits_module._load()
+    pixels, labels = digits_module.read_digits()
     for digit in range(10):
         data = (plain / "examples" / f"{digit}.png").read_bytes()
         found = np.round(np.asarray(PIL_Image.open(io.BytesIO(data)), float) * 16 / 255)

@@ -15,6 +15,9 @@ from smalt.engine.checkpoints import CheckpointWriter, latest_checkpoint, load_t
 from smalt.engine.config import parse_config
 from smalt.engine.errors import UserError
 from smalt.engine.export import export_run
+from smalt.engine.export_gguf import export_gguf
+from smalt.engine.inference import load_run
+from smalt.engine.lineage import tokenizer_hash
 from smalt.engine.run_folder import read_config
 from smalt.engine.tensor_files import write_tensors
 from smalt.model import ModelConfig, build_model
@@ -23,13 +26,13 @@ from smalt.parallel import alone
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def save(run, tensors, config, steps=(3,)):
+def save(run, tensors, config, steps=(3,), state=()):
     def failed(message):
         raise UserError(message)
 
     saving = CheckpointWriter(run / "checkpoints", 5, alone(torch.device("cpu")), failed)
     for step in steps:
-        saving.save(step, {name: t + step for name, t in tensors.items()}, {"model": config.model.model_dump()})
+        saving.save(step, {name: t + step for name, t in tensors.items()}, {"model": config.model.model_dump(), **dict(state)})
     saving.wait()
 
 
@@ -40,16 +43,18 @@ def weights(config):
 
 @pytest.fixture
 def make_run(tmp_path, tiny_values):
-    """make_run(changes={}, change=..., steps=(3,)): a run with checkpoints of random weights. change(tensors) alters what is saved."""
+    """make_run(changes={}, change=..., steps=(3,), state={}): a run with checkpoints of random weights.
 
-    def make(changes=(), change=lambda tensors: None, steps=(3,)):
+    change(tensors) alters what is saved; state: more of what a checkpoint says."""
+
+    def make(changes=(), change=lambda tensors: None, steps=(3,), state=()):
         config = parse_config(tiny_values(changes), "test")
         run = tmp_path / "run"
         run.mkdir()
         (run / "config.json").write_text(config.model_dump_json())
         tensors = {**weights(config), "optimizer.exp_avg.language.norm.weight": torch.zeros(32), "random_state.0": torch.zeros(9)}
         change(tensors)
-        save(run, tensors, config, steps)
+        save(run, tensors, config, steps, state)
         return run
 
     return make
@@ -90,7 +95,7 @@ def assert_same_bits(found, want, dtype=torch.float32):
 def test_of_a_run_on_one_and_on_two_processes(tiny_config, tmp_path, train, nproc):
     run, out = tmp_path / "run", tmp_path / "out"
     train([tiny_config(), "--folder", run], nproc=nproc)
-    command = [sys.executable, "-m", "smalt.engine.cli", "export", "--run", run, "--out", out]
+    command = [sys.executable, "-m", "smalt.engine.cli", "export", "--run", run, "--out", out, "--format", "smalt"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(list((run / "checkpoints" / "step-00000007").glob("*.safetensors"))) == nproc
@@ -104,7 +109,7 @@ def test_of_a_run_on_one_and_on_two_processes(tiny_config, tmp_path, train, npro
 @pytest.mark.parametrize("tie", [True, False])
 def test_a_tied_head_is_written_once(make_run, tmp_path, tie):
     run = make_run({"model.language.tie_embeddings": tie})
-    export_run(run, tmp_path / "out")
+    export_run(run, tmp_path / "out", form="smalt")
     found = exported(tmp_path / "out")
     assert_same_bits(found, checkpointed(run))
     assert ("language.head.weight" in found) is not tie
@@ -113,7 +118,7 @@ def test_a_tied_head_is_written_once(make_run, tmp_path, tie):
 
 def test_files_hold_no_more_than_asked(make_run, tmp_path):
     run, limit = make_run(), 20_000
-    done = export_run(run, tmp_path / "out", shard_size=limit / 1e9)
+    done = export_run(run, tmp_path / "out", shard_size=limit / 1e9, form="smalt")
     found = exported(tmp_path / "out")
     assert_same_bits(found, checkpointed(run))
     assert len(done.files) > 3
@@ -126,9 +131,9 @@ def test_files_hold_no_more_than_asked(make_run, tmp_path):
 
 def test_dtype_and_step(make_run, tmp_path):
     run = make_run(steps=(1, 2, 3))
-    export_run(run, tmp_path / "bf16", dtype="bfloat16")
+    export_run(run, tmp_path / "bf16", dtype="bfloat16", form="smalt")
     assert_same_bits(exported(tmp_path / "bf16"), checkpointed(run), torch.bfloat16)
-    export_run(run, tmp_path / "first", step=1)
+    export_run(run, tmp_path / "first", step=1, form="smalt")
     first = {name: t - 2 for name, t in checkpointed(run).items()}
     assert not [n for n, t in exported(tmp_path / "first").items() if (t - first[n]).abs().max() > 1e-5]
     with pytest.raises(UserError, match="no checkpoint of step 9; the steps are 1, 2, 3"):
@@ -139,7 +144,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_not_renamed(make_run, tmp_path,
     run = make_run(steps=(1, 2))
     shard = run / "checkpoints" / "step-00000002" / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert export_run(run, tmp_path / "out").checkpoint.step == 1
+    assert export_run(run, tmp_path / "out", form="smalt").checkpoint.step == 1
     said = capfd.readouterr().err
     assert f"checkpoint {shard.parent} is damaged" in said
     assert "step 1 is used instead" in said
@@ -148,7 +153,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_not_renamed(make_run, tmp_path,
 
 def test_float64_stays_what_it_is(make_run, tmp_path):
     run = make_run(change=lambda tensors: tensors.update({name: t.double() for name, t in tensors.items()}))
-    export_run(run, tmp_path / "out")
+    export_run(run, tmp_path / "out", form="smalt")
     assert {t.dtype for t in exported(tmp_path / "out").values()} == {torch.float64}
 
 
@@ -191,7 +196,7 @@ def test_a_tensor_with_a_hole_is_refused(make_run, tmp_path):
     del state["format"]
     (checkpoint / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"incomplete: language\.embedding\.weight"):
-        export_run(run, tmp_path / "out")
+        export_run(run, tmp_path / "out", form="smalt")
 
 
 def test_what_is_in_the_way_is_named(make_run, tmp_path):
@@ -218,6 +223,23 @@ def test_what_is_in_the_way_is_named(make_run, tmp_path):
     assert not out.with_name("out.partial").exists()
 
 
+def test_another_tokenizer_than_that_of_the_training_is_refused(make_run, digits, tmp_path):
+    run = make_run(state={"lineage": {"tokenizer": tokenizer_hash(digits / "tokenizer.json")}})
+    export_run(run, tmp_path / "out")
+    other = json.loads((digits / "tokenizer.json").read_text())
+    other["model"]["merges"].pop()
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["tokenizer"] = str(tmp_path / "other.json")
+    (run / "config.json").write_text(json.dumps(config))
+    for export in (export_run, export_gguf):
+        with pytest.raises(UserError, match=r"step-00000003 was trained with another tokenizer than data.tokenizer = .*other\.json"):
+            export(run, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(UserError, match="was trained with another tokenizer"):
+        load_run(run)
+
+
 def test_a_full_disk_leaves_nothing(make_run, tmp_path):
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
@@ -236,16 +258,17 @@ MEMORY = """
 import sys
 from pathlib import Path
 from smalt.engine import export
+from smalt.engine.stored_weights import StoredWeights
 def anonymous():
     return sum(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon")) / 1024
-before, peak, tensor = anonymous(), 0.0, export._Weights.tensor
+before, peak, tensor = anonymous(), 0.0, StoredWeights.tensor
 def watched(self, name):
     global peak
     whole = tensor(self, name)
     peak = max(peak, anonymous())
     return whole
-export._Weights.tensor = watched
-done = export.export_run(Path(sys.argv[1]), Path(sys.argv[2]))
+StoredWeights.tensor = watched
+done = export.export_run(Path(sys.argv[1]), Path(sys.argv[2]), form="smalt")
 print(done.size / 2**20, peak - before)
 """
 

@@ -29,7 +29,7 @@ NEXT = [("fsdp2", "pp2xfsdp2"), ("pp2xfsdp2", "cp2"), ("fsdp2xtp2", "fsdp2"), ("
 
 def figures(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "data_seconds", "cost_spread")} for line in lines]
 
 
 def options(layout):

@@ -11,12 +11,13 @@ from torch import nn
 
 from smalt.engine import offload
 from smalt.engine.apex_adam import ApexAdam, find_fused_adam
-from smalt.engine.config import OptimizerConfig, StageConfig, load_config
+from smalt.engine.config import load_config
 from smalt.engine.errors import UserError
 from smalt.engine.muon import COEFFICIENTS, ITERATIONS, Muon, newton_schulz
 from smalt.engine.norms import module_norms, module_of, optimizer_norms
 from smalt.engine.offload import Offloaded
 from smalt.engine.optimizers import build_optimizer, optimizer_tensors, parameter_groups, set_learning_rate
+from smalt.engine.sections import OptimizerConfig, StageConfig
 from smalt.model import LanguageConfig, ModelConfig, VisionConfig, build_model
 from smalt.parallel import alone
 
@@ -190,6 +191,7 @@ def test_muon_refuses_what_is_no_matrix():
         Muon([{"params": [nn.Parameter(torch.ones(3))], "muon": True}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adamw", "smalt_adamw"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bucket", [1, 500, 1 << 25])
@@ -223,6 +225,7 @@ def test_smalt_adamw_is_adamw(make, error):
     assert max(error(a.detach(), b.detach()) for a, b in zip(model.parameters(), plain.parameters(), strict=True)) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_the_tensors_restore_the_optimizer(make, kind):
     model, optimizer, names = make(**kind)

@@ -4,7 +4,6 @@ import errno
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smalt.engine.data import records as records_module
 from smalt.engine.data import retry
-from smalt.engine.data.records import Image, ParquetRecords, open_sources
+from smalt.engine.data.records import Image
+from smalt.engine.data.sources import open_source, open_sources, pieces
 from smalt.engine.errors import BadRecord, UserError
 
 CONVERSATION = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
@@ -55,14 +54,14 @@ def test_a_missing_file_is_named_with_its_source(tmp_path):
 
 def test_a_folder_without_parquet_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing")
-    with pytest.raises(UserError, match=r"holds no \*\.parquet file"):
-        ParquetRecords("s", tmp_path)
+    with pytest.raises(UserError, match=r"'s'.*holds no file that ends in one of \.parquet, \.jsonl"):
+        open_source("s", tmp_path)
 
 
 def test_a_file_without_records_is_refused(write):
     empty = write({"messages": pa.array([], pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))})
     with pytest.raises(UserError, match="holds no records"):
-        ParquetRecords("s", empty)
+        open_source("s", empty)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"PAR1" + b"\0" * 64 + b"PAR1"])
@@ -70,17 +69,17 @@ def test_what_is_not_parquet_is_named(tmp_path, content):
     path = tmp_path / "records.parquet"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"'s'.*records\.parquet is not a readable Parquet file"):
-        ParquetRecords("s", path)
+        open_source("s", path)
 
 
-def test_a_file_without_messages_is_refused_with_the_columns_it_has(write):
-    with pytest.raises(UserError, match=r"no column 'messages'; its columns are text, url"):
-        ParquetRecords("s", write({"text": ["a"], "url": ["b"]}))
+def test_a_file_of_no_known_form_is_refused_with_the_columns_it_has(write):
+    with pytest.raises(UserError, match=r"'s'.*no known form: there are body, url; needed is exactly one of messages, conversations"):
+        open_source("s", write({"body": ["a"], "url": ["b"]}))
 
 
 def test_a_record_is_the_row(write):
     columns = {"id": [7, 8], "messages": [CONVERSATION, CONVERSATION[:1]], "images": [[b"png"], None]}
-    records = ParquetRecords("s", write(columns))
+    records = open_source("s", write(columns))
     assert len(records) == 2
     first, second = records[0], records[1]
     assert first.messages == (("user", "1+1"), ("assistant", "2"))
@@ -94,24 +93,24 @@ def test_the_files_of_a_folder_follow_the_order_of_their_names(write, tmp_path):
     write({"messages": pa.array([], pa.null())}, "folder/aa.parquet")
     write(_numbered(1, 8), "folder/c.parquet")
     (tmp_path / "folder" / "README.md").write_text("not data")
-    assert _contents(ParquetRecords("s", tmp_path / "folder")) == [str(i) for i in range(9)]
+    assert _contents(open_source("s", tmp_path / "folder")) == [str(i) for i in range(9)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cached", "cached_bytes"), [(1, 2**30), (3, 2**30), (64, 2**30), (64, 300)])
 @given(rows=st.integers(1, 40), size=st.integers(1, 7), seed=st.randoms(use_true_random=False))
 def test_random_access_equals_the_table_whatever_the_cache_holds(tmp_path_factory, cached, cached_bytes, rows, size, seed):
     path = tmp_path_factory.mktemp("groups") / "records.parquet"
     pq.write_table(pa.table(_numbered(rows)), path, row_group_size=size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records_module, "CACHED_ROW_GROUPS", cached)
-        patch.setattr(records_module, "CACHED_BYTES", cached_bytes)
-        records = ParquetRecords("s", path)
+        patch.setattr(pieces, "LOADED_PIECES", cached)
+        records = open_source("s", path, cached_bytes=cached_bytes)
         assert len(records) == rows
         for i in seed.choices(range(rows), k=60):
             assert records[i].messages == (("user", str(i)),)
             assert records[i].number == i
-        assert len(records._cache) <= cached
-        assert len(records._cache) == 1 or records._bytes() <= cached_bytes
+        assert len(records._loaded) <= cached
+        assert len(records._loaded) == 1 or records._bytes() <= cached_bytes
     with pytest.raises(IndexError):
         records[rows]
 
@@ -127,13 +126,13 @@ def test_random_access_equals_the_table_whatever_the_cache_holds(tmp_path_factor
         ([{"role": "user", "content": None}], "malformed message"),
         ([{"role": "user", "content": 5}], "malformed message"),
         ([{"content": "x"}], "malformed message"),
-        ([{"from": "human", "value": "x"}], "malformed message"),
+        ([{"from": "robot", "value": "x"}], "malformed message"),
         (["hello"], "malformed message"),
     ],
     ids=repr,
 )
 def test_malformed_messages_cost_the_record(write, messages, cause):
-    assert _cause(ParquetRecords("s", write({"messages": [messages]}))) == cause
+    assert _cause(open_source("s", write({"messages": [messages]}))) == cause
 
 
 @pytest.mark.parametrize(
@@ -145,36 +144,38 @@ def test_malformed_messages_cost_the_record(write, messages, cause):
         ([{"bytes": None, "path": "a.png"}], (Image(None, "{folder}/a.png"),)),
         (["deep/a.png", "../b.png"], (Image(None, "{folder}/deep/a.png"), Image(None, "{folder}/../b.png"))),
         (["/absolute/a.png"], (Image(None, "/absolute/a.png"),)),
+        ("a.png", (Image(None, "{folder}/a.png"),)),
+        ({"bytes": b"png", "path": None}, (Image(b"png", None),)),
         ([], ()),
         (None, ()),
     ],
     ids=repr,
 )
-def test_the_three_forms_of_images(write, tmp_path, images, want):
-    (record,) = [ParquetRecords("s", write({"messages": [CONVERSATION], "images": [images]}))[0]]
+def test_the_forms_of_images(write, tmp_path, images, want):
+    (record,) = [open_source("s", write({"messages": [CONVERSATION], "images": [images]}))[0]]
     want = tuple(Image(i.data, i.path and i.path.replace("{folder}", str(tmp_path))) for i in want)
     assert record.images == want
 
 
 def test_paths_of_a_folder_of_files_are_relative_to_the_folder(write, tmp_path):
     write({"messages": [CONVERSATION], "images": [["a.png"]]}, "folder/a.parquet")
-    (image,) = ParquetRecords("s", tmp_path / "folder")[0].images
+    (image,) = open_source("s", tmp_path / "folder")[0].images
     assert Path(image.path) == tmp_path / "folder" / "a.png"
 
 
 @pytest.mark.parametrize(
     "images",
-    ["a.png", 5, {"bytes": b"png", "path": None}, [None], [5], [{"bytes": None, "path": None}], [{"bytes": "text"}], [[b"png"]]],
+    [5, [None], [5], [{"bytes": None, "path": None}], [{"bytes": "text"}], [[b"png"]]],
     ids=repr,
 )
 def test_malformed_images_cost_the_record(write, images):
-    assert _cause(ParquetRecords("s", write({"messages": [CONVERSATION], "images": [images]}))) == "malformed image"
+    assert _cause(open_source("s", write({"messages": [CONVERSATION], "images": [images]}))) == "malformed image"
 
 
 def test_text_that_is_not_utf8_costs_one_record(write):
     content = pa.array([b"\xff\xfe", b"fine"], pa.binary()).view(pa.string())
     message = pa.StructArray.from_arrays([pa.array(["user", "user"]), content], ["role", "content"])
-    records = ParquetRecords("s", write({"messages": pa.ListArray.from_arrays([0, 1, 2], message)}))
+    records = open_source("s", write({"messages": pa.ListArray.from_arrays([0, 1, 2], message)}))
     assert _cause(records, 0) == "unreadable record"
     assert records[1].messages == (("user", "fine"),)
 
@@ -186,7 +187,7 @@ def test_a_row_group_that_is_damaged_on_disk_costs_its_own_records(write):
     start = group.column(1).data_page_offset
     content[start : start + group.column(1).total_compressed_size] = b"\xff" * group.column(1).total_compressed_size
     path.write_bytes(content)
-    records = ParquetRecords("s", path)
+    records = open_source("s", path)
     assert {_cause(records, i) for i in range(20)} == {"unreadable record"}
     assert [records[i].messages[0][1] for i in range(20, 40)] == [str(i) for i in range(20, 40)]
 
@@ -204,7 +205,7 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(write, monkeypatch, numbe
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", read)
     monkeypatch.setattr(retry, "PAUSES", (0.0, 0.01, 0.02))
-    assert _contents(ParquetRecords("s", write(_numbered(3)))) == ["0", "1", "2"]
+    assert _contents(open_source("s", write(_numbered(3)))) == ["0", "1", "2"]
     assert len(tries) == (2 if number == errno.ESTALE else 4)
 
 
@@ -218,17 +219,20 @@ def test_a_read_that_goes_on_failing_costs_the_record(write, monkeypatch, number
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
     monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0, 0.0))
-    assert _cause(ParquetRecords("s", write(_numbered(3)))) == "unreadable record"
+    assert _cause(open_source("s", write(_numbered(3)))) == "unreadable record"
     assert len(tries) == times
 
 
 CUT_SHORT = """
 import os, sys
-from pathlib import Path
-from smalt.engine.data.records import ParquetRecords
+from smalt.engine.data.sources import open_source
 from smalt.engine.errors import BadRecord
-records = ParquetRecords("s", Path(sys.argv[1]))
-os.truncate(sys.argv[1], 4096)
+records = open_source("s", sys.argv[1])
+found = os.stat(sys.argv[1])
+with open(sys.argv[1], "r+b") as file:
+    file.truncate(4096)
+    file.truncate(found.st_size)
+os.utime(sys.argv[1], ns=(found.st_atime_ns, found.st_mtime_ns))
 try:
     records[900]
 except BadRecord as error:
@@ -236,6 +240,7 @@ except BadRecord as error:
 """
 
 
+@pytest.mark.slow
 def test_a_page_of_a_file_that_cannot_be_read_costs_records_and_not_the_process(write):
     path = write(_numbered(1000), row_group_size=10)
     done = subprocess.run([sys.executable, "-c", CUT_SHORT, str(path)], capture_output=True, text=True)
@@ -244,11 +249,11 @@ def test_a_page_of_a_file_that_cannot_be_read_costs_records_and_not_the_process(
 
 def test_the_example_of_the_readme(tmp_path, monkeypatch):
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    start = readme.index("    import pyarrow, pyarrow.parquet")
-    code = textwrap.dedent(readme[start : readme.index("\n`<image>` stands for one image each")])
+    start = readme.index('    {"messages"')
+    line = " ".join(readme[start : readme.index("\n`<image>` stands for one image each")].split())
     (tmp_path / "data" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    exec(code)
-    record = ParquetRecords("mine", Path("data/mine/train.parquet"))[0]
+    Path("data/mine/train.jsonl").write_text(line + "\n")
+    record = open_source("mine", "data/mine/train.jsonl")[0]
     assert record.messages[1] == ("assistant", "<think>Four legs, a mane.</think>A horse.")
     assert [image.path for image in record.images] == ["data/mine/photos/horse.jpg"]

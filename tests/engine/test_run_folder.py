@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from smalt.engine import launch, train
-from smalt.engine.run_folder import read_metrics
+from smalt.engine.config import parse_config
+from smalt.engine.run_folder import RunFolder, lock_folder, read_metrics
 from smalt.engine.train import main
 
 SHORT = {"stages.align": None, "stages.sft.steps": 4, "evaluation": {}, "data.validation": {}, "checkpoint.every": 2}
@@ -162,6 +164,35 @@ def test_a_damaged_line_of_metrics_stops_nothing(run, folder):
         assert f"warning: {folder / name}.jsonl, line {number} is damaged; it is passed over" in error
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4]
     assert (folder / "metrics.jsonl").read_bytes().startswith(lines[0] + b"\x00\xffgarbage\n7\n" + lines[1])
+
+
+def test_each_folder_has_a_run_of_its_own_at_weights_and_biases(tiny_values, tmp_path, monkeypatch):
+    """Links of two chains have one name, and a run that goes on is the one that it was."""
+    asked = []
+    stub = SimpleNamespace(init=lambda **given: asked.append(given) or SimpleNamespace(finish=lambda: None))
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    config = parse_config(tiny_values({"logging.wandb_project": "some"}), "test")
+    for chain, step in (("one", None), ("two", None), ("one", 2)):
+        (tmp_path / chain / "link").mkdir(parents=True, exist_ok=True)
+        (tmp_path / chain / "chain.json").touch()
+        with lock_folder(tmp_path / chain / "link", 0) as lock:
+            folder = RunFolder(tmp_path / chain / "link", config, True, lock)
+            folder.begin(step)
+            folder.close()
+    first, second, again = (given["id"] for given in asked)
+    assert first == again != second
+    assert [given["name"] for given in asked] == ["one/link", "two/link", "one/link"]
+
+
+def test_the_evaluation_of_an_earlier_end_is_not_that_of_a_run_that_goes_on(tiny_values, tmp_path):
+    config = parse_config(tiny_values(), "test")
+    for step, stays in ((config.total_steps, True), (config.total_steps - 1, False)):
+        (tmp_path / "evaluation.json").write_text("[]")
+        with lock_folder(tmp_path, 0) as lock:
+            folder = RunFolder(tmp_path, config, True, lock)
+            folder.begin(step)
+            folder.close()
+        assert (tmp_path / "evaluation.json").exists() == stays
 
 
 KILLED = """

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalt.engine.config import SpikesConfig, parse_config
-from smalt.engine.data.stream import SampleId
+from smalt.engine.config import parse_config
+from smalt.engine.data.loader import SampleId
 from smalt.engine.errors import UserError
 from smalt.engine.run_folder import RunFolder, read_config
+from smalt.engine.sections import SpikesConfig
 from smalt.engine.spikes import LEAST_LOG_NORM, LEAST_LOSS, SpikeRule, Verdict, write_spike
 from smalt.engine.stage import stage_stream
 from smalt.engine.trainer import open_data
@@ -41,6 +42,7 @@ def filled(config=SMALL, seed=0, **noise):
     return rule, config.window + 1
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seeds, st.floats(0.1, 12), st.floats(1e-4, 0.2), st.floats(0.05, 0.6))
 def test_noise_never_trips_at_the_default(seed, level, noise, norm_noise):
@@ -48,6 +50,7 @@ def test_noise_never_trips_at_the_default(seed, level, noise, norm_noise):
     assert set(actions(SpikeRule(DEFAULT), run)) == {"ok"}
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seeds, st.floats(-1.0, 0.03), st.sampled_from(["line", "curve"]))
 def test_a_falling_loss_and_a_slow_rise_never_trip(seed, slope, shape):
@@ -60,6 +63,7 @@ def test_a_falling_loss_and_a_slow_rise_never_trip(seed, slope, shape):
     assert set(actions(SpikeRule(DEFAULT), [(loss + d, norm) for (loss, norm), d in zip(run, drift, strict=True)])) == {"ok"}
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(seeds, st.floats(1.0, 1e6), st.booleans(), st.floats(1e-4, 0.5), st.integers(0, 200))
 def test_a_planted_spike_is_always_skipped(seed, size, in_the_loss, noise, later):
@@ -287,7 +291,7 @@ def test_a_resumed_run_goes_back_alike(tiny_config, tmp_path, train):
 
 def without_speed(path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "data_seconds", "cost_spread")} for line in lines]
 
 
 def refused(every, keep, **spikes):

@@ -8,12 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from smalt.engine.config import load_config
-from smalt.engine.data.chat import ChatEncoder, ImageShape
+from smalt.engine.data.chat import ChatEncoder
 from smalt.engine.data.images import ImageLimits
-from smalt.engine.data.records import ParquetRecords, open_sources
-from smalt.engine.data.stream import Presentation, SkippedSample, sample_stream, stream_documents
+from smalt.engine.data.mixture import fixed_mix
+from smalt.engine.data.reading import Reader, SkippedSample
+from smalt.engine.data.sources import open_source, open_sources
+from smalt.engine.data.stream import Presentation, SampleStream, stream_documents
 from smalt.engine.stage import stage_stream
 from smalt.engine.trainer import open_data
+from smalt.model.tiling import ImageShape
 
 ALWAYS_THINK = Presentation(think=1.0, truncate=0.0)
 
@@ -29,9 +32,22 @@ def make_stream(digits, encoder):
 
     def make(mixture, presentation=ALWAYS_THINK, seed=0):
         sources = open_sources({task: digits / "train" / f"{task}.parquet" for task in ("read", "sum")})
-        return sample_stream(sources, mixture, encoder, presentation, seed)
+        return Stream(sources, mixture, encoder, presentation, seed)
 
     return make
+
+
+class Stream:
+    """A stream whose records are read at once."""
+
+    def __init__(self, sources, mixture, encoder, presentation=ALWAYS_THINK, seed=0):
+        mix = fixed_mix(mixture)
+        self.draws = SampleStream({name: len(sources[name]) for name in mix.weights}, presentation, seed)
+        self.draws.change(0, mix)
+        self.reader = Reader(sources, encoder)
+
+    def __getitem__(self, index):
+        return self.reader.read(self.draws[index])
 
 
 def _shown(item):
@@ -41,7 +57,7 @@ def _shown(item):
 def _write(path, rows, name="text"):
     messages = [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in rows]
     pq.write_table(pa.table({"messages": messages}), path)
-    return ParquetRecords(name, path)
+    return open_source(name, path)
 
 
 def test_a_sample_depends_on_nothing_but_seed_and_index(make_stream):
@@ -69,7 +85,7 @@ def test_sources_come_in_the_shares_of_the_mixture(make_stream):
 def test_every_epoch_has_each_record_once_in_an_order_of_its_own(encoder, tmp_path):
     rows = [(str(i), "x") for i in range(50)]
     sources = {name: _write(tmp_path / f"{name}.parquet", rows, name) for name in ("a", "b")}
-    stream = sample_stream(sources, {"a": 0.5, "b": 0.5}, encoder, ALWAYS_THINK, seed=0)
+    stream = Stream(sources, {"a": 0.5, "b": 0.5}, encoder, ALWAYS_THINK, seed=0)
     records = [[s.record for s in map(stream.__getitem__, range(300)) if s.source == name] for name in sources]
     epochs = [order[low : low + 50] for order in records for low in (0, 50, 100)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
@@ -94,6 +110,7 @@ def _modes(stream, encoder, count):
     return modes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("think", "truncate", "want"),
     [
@@ -110,7 +127,7 @@ def test_modes_come_in_the_shares_asked_for(make_stream, encoder, think, truncat
 
 def test_a_record_is_not_always_shown_in_the_same_way(encoder, tmp_path):
     records = _write(tmp_path / "text.parquet", [("1+1", "<think>one and one</think>2")] * 20)
-    stream = sample_stream({"text": records}, {"text": 1.0}, encoder, Presentation(0.7, 0.7), seed=0)
+    stream = Stream({"text": records}, {"text": 1.0}, encoder, Presentation(0.7, 0.7), seed=0)
     lengths = {}
     for document in map(stream.__getitem__, range(160)):
         lengths.setdefault(document.record, set()).add(len(document))
@@ -118,6 +135,7 @@ def test_a_record_is_not_always_shown_in_the_same_way(encoder, tmp_path):
     assert min(map(len, lengths.values())) >= 2
 
 
+@pytest.mark.slow
 def test_thoughts_are_cut_at_every_length_however_few_are_cut(make_stream, encoder):
     stream, kept = make_stream({"sum": 1.0}, Presentation(1.0, 0.3)), set()
     for document in map(stream.__getitem__, range(800)):
@@ -128,9 +146,10 @@ def test_thoughts_are_cut_at_every_length_however_few_are_cut(make_stream, encod
     assert set(range(12)) <= kept
 
 
+@pytest.mark.slow
 def test_one_cut_in_ten_leaves_nothing_and_the_others_a_uniform_share(encoder, tmp_path):
     records = _write(tmp_path / "long.parquet", [("1+1", "<think>" + "1" * 200 + "</think>2")])
-    stream = sample_stream({"long": records}, {"long": 1.0}, encoder, Presentation(1.0, 1.0), seed=0)
+    stream = Stream({"long": records}, {"long": 1.0}, encoder, Presentation(1.0, 1.0), seed=0)
     kept = []
     for document in map(stream.__getitem__, range(2000)):
         tokens = document.tokens.tolist()
@@ -144,20 +163,22 @@ def test_one_cut_in_ten_leaves_nothing_and_the_others_a_uniform_share(encoder, t
 
 def test_a_bad_record_is_named(encoder, tmp_path):
     records = _write(tmp_path / "text.parquet", [("1+1", "2"), ("<image>", "x"), ("2+2", "4")])
-    stream = sample_stream({"text": records}, {"text": 1.0}, encoder, ALWAYS_THINK, seed=0)
+    stream = Stream({"text": records}, {"text": 1.0}, encoder, ALWAYS_THINK, seed=0)
     epoch = [stream[i] for i in range(3)]
     (bad,) = [item for item in epoch if isinstance(item, SkippedSample)]
     assert (bad.source, bad.record, bad.cause) == ("text", 1, "placeholder mismatch")
     assert bad.detail == "1 <image> in the messages, 0 images"
     assert {item.record for item in epoch} == {0, 1, 2}
     usable = [item.record for item in map(stream.__getitem__, range(9)) if not isinstance(item, SkippedSample)]
-    assert [document.record for document in stream_documents(stream, 6)] == usable
+    assert [document.record for document in stream_documents(stream.draws, stream.reader, 6)] == usable
 
 
 def test_stages_differ_in_order_and_follow_their_config(tiny_config, encoder):
     stage = {"stages.align.think": 0.0, "stages.sft.think": 1.0, "stages.sft.truncate": 0.0, "stages.sft.mixture": {"read": 1.0}}
     config = load_config(tiny_config(stage))
-    align, sft = (stage_stream(config, name, open_data(config)) for name in ("align", "sft"))
+    data = open_data(config)
+    align, sft = (Stream(data.sources, config.stages[name].mixture, encoder) for name in ("align", "sft"))
+    align.draws, sft.draws = (stage_stream(config, name, data) for name in ("align", "sft"))
     assert [align[i].record for i in range(20)] != [sft[i].record for i in range(20)]
     assert _modes(align, encoder, 20) == {"answer": 20}
     assert _modes(sft, encoder, 20) == {"think": 20}

@@ -140,6 +140,7 @@ def around(members):
     return [torch.cat([base[:begin], base[begin + n :]]) for base, begin, n in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(
     ("first", "offset"),
@@ -201,7 +202,8 @@ def test_nan_and_infinity_show(device):
         assert optimizer.state[p]["exp_avg_sq"].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_result_does_not_depend_on_blocks(device, dtype):
     results = []
     for block in (16, 64):
@@ -217,6 +219,7 @@ def test_result_does_not_depend_on_blocks(device, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.slow
 def test_blocks_may_change_between_steps(device, error):
     """The rows of the table stay as they are, its blocks do not."""
     runs = []
@@ -423,6 +426,7 @@ def test_any_order_of_the_grid_gives_the_same_bits(check_grid_order, device):
     check_grid_order(function, [])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRET, reason="loads and stores are counted in the interpreter")
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_traffic_is_the_formula(monkeypatch, form):

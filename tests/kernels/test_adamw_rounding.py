@@ -55,6 +55,7 @@ def test_each_of_the_16_bits_is_random():
         assert abs(ones - 2048) < 5 * 32, bit  # five sigma, of numbers that never change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["triton", "torch"])
 @pytest.mark.parametrize("first", [0, 2**35 + 13])  # the second in the middle of a block
 def test_all_16_bits_decide(device, name, first):

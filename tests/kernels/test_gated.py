@@ -84,6 +84,7 @@ def test_references_by_gradcheck():
     assert torch.autograd.gradcheck(swiglu_reference, (gate, up))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("name", ["triton", "torch", "reference"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-14), (torch.float32, 2e-6), (torch.bfloat16, 1.01 * 2**-8)])

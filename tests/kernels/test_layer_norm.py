@@ -28,6 +28,7 @@ def cases(draw):
     return x.to(dtype)[..., :width], *parameters, draw(st.sampled_from([1e-6, 0.1]))
 
 
+@pytest.mark.slow
 @given(case=cases())
 def test_kernel_obeys_the_rule(check_rule, device, case):
     check_rule(lambda *inputs: layer_norm(*inputs, case[-1]), [t.to(device) for t in case[:-1]])

@@ -97,6 +97,7 @@ def test_one_row_by_hand(error):
         assert error(got[0], want) <= 1e-14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_ignored_rows_hide_nothing_and_get_nothing(name, device):
     args = [x.to(device) for x in problem(40, 5, 40, 0.3, torch.float32, 1)]
@@ -119,6 +120,7 @@ def test_all_rows_ignored(name, device):
         assert torch.equal(x, torch.zeros_like(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # by the interpreter, in what is then thrown away
 @pytest.mark.parametrize("wide", ["forward", "backward"])
 def test_a_block_may_be_skipped_in_one_pass_only(wide, device, monkeypatch):

@@ -106,6 +106,7 @@ def test_large_logits_do_not_overflow(name, error, device):
     assert all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # of the interpreter
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_a_nan_stays_in_its_row_and_is_not_hidden(name, device):
@@ -127,6 +128,7 @@ def test_only_one_gradient_is_asked_for(name, wanted, device):
     assert torch.equal(torch.autograd.grad(kl, tensors[wanted], torch.linspace(-1, 2, 20, device=device))[0], want)
 
 
+@pytest.mark.slow
 def test_a_row_depends_on_no_other(device):
     hidden, weight, teacher_hidden, teacher_weight = (x.to(device) for x in problem(19, 8, 5, 40))
     rows = torch.tensor([3, 15, 16, 18])

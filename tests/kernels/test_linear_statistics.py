@@ -178,6 +178,7 @@ def test_shards_merge_in_float64(name, cuts, error, gradient_error):
     assert gradient_error(got_gradients, want_gradients) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [*SLOW_CUTS, CUTS[2]])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_shards_merge_in_the_kernel(check_rule, device, cuts, dtype):
@@ -204,6 +205,7 @@ def test_merging_does_not_mind_shards_of_nothing():
         merge_statistics([])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reference", "torch", "triton"])
 def test_of_equal_logits_the_lowest_word_is_the_argmax(name, device):
     hidden, weight = torch.ones(5, 4, device=device), torch.zeros(70, 4, device=device)
@@ -232,6 +234,7 @@ def test_large_logits_do_not_overflow(name, error, device):
     assert g.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reference", "torch", "triton"])
 def test_the_softcap_leaves_scores_of_any_size_their_digits(name, device):
     """Each score by itself, from far below the cap, where it is the score, to far above, where it is the cap."""
@@ -274,6 +277,7 @@ def test_a_nan_stays_in_its_row_and_is_not_hidden(name, device):
     assert s.argmax.max() < 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nll_only", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_row_depends_on_no_other(nll_only, device):
     hidden, weight, labels = (x.to(device) for x in problem(19, 8, 40, ignored=0.0))

@@ -202,6 +202,7 @@ def _split_sum(product):
     return split
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["tiles", "split", "split in torch", "unpadded"])
 def test_a_sum_that_depends_on_the_number_of_rows_is_caught(monkeypatch, device, fault):
     if fault == "tiles":
@@ -219,6 +220,7 @@ def test_a_sum_that_depends_on_the_number_of_rows_is_caught(monkeypatch, device,
         assert_rows_are_invariant(forward_and_backward(weight, None, name), x, 3, 12)
 
 
+@pytest.mark.slow
 def test_weight_gradient_is_the_same_every_time_in_any_layout(device):
     x, dy = torch.randn(37, 40, device=device), torch.randn(37, 24, device=device)
     for name in ("triton", "torch"):
@@ -250,6 +252,7 @@ def test_any_order_of_the_grid_gives_the_same_bits(check_grid_order, device):
     check_grid_order(matmul, [x, w, b])
 
 
+@pytest.mark.slow
 def test_compiles_whole_and_registers_well(check_operator, device):
     x, w, b = torch.randn(2, 3, 24, device=device), torch.randn(8, 24, device=device), torch.randn(8, device=device)
     check_operator(matmul, [x, w, b])

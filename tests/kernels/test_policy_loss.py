@@ -201,6 +201,7 @@ def test_published_options():
     assert PolicyLossOptions.of("cispo").surrogate == "cispo"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [pytest.param("grpo", marks=pytest.mark.slow), "gspo", pytest.param("cispo", marks=pytest.mark.slow)])
 def test_tokens_that_do_not_count_might_as_well_not_be_there(error, device, loss):
     options = PolicyLossOptions.of(loss, kl_coefficient=0.1, tis_cap=1.2)

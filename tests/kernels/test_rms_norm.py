@@ -31,6 +31,7 @@ def test_kernel_obeys_the_rule(check_rule, device, case):
     check_rule(lambda x, w, r=None: rms_norm(x, w, 1e-6, r, cast), inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layouts", [("sliced", "contiguous"), ("contiguous", "sliced"), ("strided", "transposed")])
 @pytest.mark.parametrize("upstream", ["sliced", "expanded"])
 def test_strides_change_nothing(check_layouts, device, layouts, upstream):
@@ -112,6 +113,7 @@ def test_any_order_of_the_grid_gives_the_same_bits(check_grid_order, device):
     check_grid_order(lambda x, r, w: rms_norm(x, w, 1e-6, r), [x, r, w])
 
 
+@pytest.mark.slow
 def test_compiles_whole_and_registers_well(check_operator, device):
     x, w = torch.randn(6, 24, device=device), torch.randn(24, device=device)
     check_operator(lambda x, w: rms_norm(x, w, 1e-6), [x, w])

@@ -84,6 +84,7 @@ def cases(draw):
     return x.to(dtype)[..., :width], weight if draw(st.booleans()) else None, draw(st.sampled_from([1e-6, 0.1])), 2 * half
 
 
+@pytest.mark.slow
 @given(case=cases())
 @settings(max_examples=15)
 def test_kernel_obeys_the_rule(check_rule, device, case):

@@ -45,6 +45,7 @@ def continued(prompt, tokens):
     return replace(prompt, tokens=np.append(prompt.tokens, tokens), targets=np.append(prompt.targets, [False] * len(tokens)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_the_cache_changes_nothing(model, prompts, control, sampling):
     cached = generate(model, prompts, control, sampling, BUDGETS)
@@ -53,6 +54,7 @@ def test_the_cache_changes_nothing(model, prompts, control, sampling):
         same(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_log_probs_are_those_of_the_policy(model, prompts, control, policy, sampling):
     completions = generate(model, prompts, control, sampling, BUDGETS)
@@ -65,6 +67,7 @@ def test_log_probs_are_those_of_the_policy(model, prompts, control, policy, samp
             assert [c.tokens[i] for i in free] == log_probs.argmax(-1)[free].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [GREEDY, replace(SAMPLED, temperature=2.0)], ids=["greedy", "sampled"])
 def test_neighbours_change_nothing(model, prompts, control, sampling):
     together = generate(model, prompts, control, sampling, BUDGETS)

@@ -28,6 +28,7 @@ def loss_and_gradients(model, batches):
     return loss.detach(), torch.autograd.grad(loss, list(model.parameters()))
 
 
+@pytest.mark.slow
 @few
 @given(shapes=packs, tail=st.sampled_from([0, 1, 35]), seed=st.integers(0, 100))
 @example(shapes=[ONE, IMAGE, ONE, [("text", 40)], IMAGE], tail=3, seed=0)

@@ -41,6 +41,7 @@ def assert_frequencies(tokens, expected):
     assert statistic <= freedom + 5 * (2 * freedom) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (2.0, 0, 0.5), (2.0, 12, 0.5), (1.0, 40, 1e-9)],

@@ -47,6 +47,7 @@ def replay(c, thinking, budget, control):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("close", [(3,), (5, 3), (3, 9, 5, 3), (2, 3)], ids=str)
 @pytest.mark.parametrize("budget", [0, 1, 6, None])
 def test_the_rules(model, prompts, control, close, budget):

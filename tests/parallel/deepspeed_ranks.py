@@ -24,6 +24,24 @@ from smalt.parallel.mesh import join_world, leave_world
 RATE, BETAS, EPS, DECAY = 1e-2, (0.9, 0.95), 1e-5, 0.1  # those of workload.make_optimizer
 
 
+def fill(row, world):
+    """The whole weights of a model, before and after its step, when some were filled in before DeepSpeed had it."""
+    config = workload.make_config(row["variant"])
+    model = DeepSpeedModel(config, world, 0, torch.float32, workload.TRAINABLE[row["trainable"]], workload.LENGTH)
+    fresh, values = model.full_state(), {name: counted(p.shape) for name, p in model.skeleton.named_parameters() if "blocks" in name}
+    model.fill({name: lambda bounds, v=value: v[tuple(slice(*b) for b in bounds)] for name, value in values.items()})
+    filled = model.full_state()
+    optimizer = start(model)
+    step(model, optimizer, workload.make_steps(row["variant"], torch.float32)[0])
+    return {"fresh": fresh, "values": values, "filled": filled, "stepped": model.full_state()}
+
+
+def counted(shape):
+    """Different numbers of the size of weights."""
+    count = torch.Size(shape).numel()
+    return (torch.arange(count) / count - 0.5).view(shape)
+
+
 def build(row, world):
     """A model and its optimiser: of DeepSpeed, or, where the row has no section deepspeed, of torch."""
     config = workload.make_config(row["variant"])
@@ -37,9 +55,13 @@ def build(row, world):
     if row["fault"] == "averaging left on":
         model.settings.pop("gradient_allreduce_op", None)
         model.loss_scale = 1.0
+    return model, start(model)
+
+
+def start(model):
     learning = [p for p in model.skeleton.parameters() if p.requires_grad]
     matrices, vectors = [p for p in learning if p.ndim > 1], [p for p in learning if p.ndim == 1]
-    return model, model.start([{"params": g, "weight_decay": DECAY} for g in (matrices, vectors)], RATE, BETAS, EPS)
+    return model.start([{"params": g, "weight_decay": DECAY} for g in (matrices, vectors)], RATE, BETAS, EPS)
 
 
 def gradients_of(model):
@@ -133,7 +155,7 @@ def run(row):
     parallel = ParallelConfig(runtime="deepspeed", deepspeed=row["deepspeed"], **row["parallel"])
     world = replace(WORLD, parallel=parallel.sized(WORLD.size))
     with faults.planted(row["fault"] if row["fault"] in faults.FAULTS else None):
-        return {"train": train, "go on": go_on, "skip": skip}[row["kind"]](row, world)
+        return {"train": train, "go on": go_on, "skip": skip, "fill": fill}[row["kind"]](row, world)
 
 
 def main(folder):

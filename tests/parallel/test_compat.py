@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Of Python, which documents them; the one of DeepSpeed; and classes of torch that kernels, which import nothing of parallel, ask for.
 ALLOWED = {
     ("kernels/dispatch.py", "_subclasses"), ("parallel/watchdog.py", "_exit"), ("engine/preemption.py", "_exit"),
+    ("engine/data/workers.py", "_exit"),
     ("parallel/stalls.py", "_current_frames"), ("parallel/stalls.py", "_DummyThread"), ("parallel/deepspeed.py", "_get_norm_groups"),
 }  # fmt: skip
 
@@ -22,11 +24,13 @@ def test_names_exist():
     import torch._inductor.config as inductor
     from torch.distributed import _symmetric_memory as symmetric_memory
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     assert isinstance(functorch.activation_memory_budget, float)
     assert isinstance(functorch.donated_buffer, bool)
     assert isinstance(inductor._micro_pipeline_tp, bool)
     assert callable(symmetric_memory.enable_symm_mem_for_group)
+    assert callable(_clear_sharding_prop_cache)
     assert all(map(callable, (compat._all_gather, compat._reduce_scatter, compat._all_to_all)))
     operators = compat._operators
     assert all(map(callable, (operators.all_gather_into_tensor, operators.reduce_scatter_tensor, operators.wait_tensor)))
@@ -82,6 +86,7 @@ def private_names(tree, ours):
             yield from (word for word in words if re.match("_[^_]", word))
 
 
+@pytest.mark.slow
 def test_private_names_of_torch_are_in_one_file():
     found = trees()
     ours = {name for tree in found.values() for name in names_of_ours(tree)}

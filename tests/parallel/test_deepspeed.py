@@ -48,7 +48,7 @@ PLANTED = {
 }
 OTHERS = {
     f"{kind}-{name}": {"deepspeed": deepspeed, "kind": kind}
-    for kind in ("go on", "skip")
+    for kind in ("go on", "skip", "fill")
     for name, deepspeed in (
         ("zero-2", {"stage": 2}),
         ("zero-2-cpu", {"stage": 2, "offload_optimizer": "cpu"}),
@@ -215,6 +215,18 @@ def test_goes_on_from_its_state(name, results):
 @pytest.mark.parametrize("name", ["go on-zero-2", "go on-zero-3"])
 def test_goes_on_where_parameters_do_not_divide(name, results_of_three):
     assert_went_on(result_of(results_of_three, name))
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in OTHERS if n.startswith("fill")])
+def test_weights_that_are_filled_in_are_those_that_it_steps(name, results):
+    found = result_of(results, name)
+    filled = found["fresh"] | found["values"]
+    assert 0 < len(found["values"]) < len(filled)
+    assert not [n for n, tensor in filled.items() if not torch.equal(found["filled"][n], tensor)]
+    # A step of AdamW is at most the rate, with decay.
+    assert max((found["stepped"][n] - tensor).abs().max().item() for n, tensor in filled.items()) < 0.03
 
 
 @needs_deepspeed

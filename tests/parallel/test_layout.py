@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from smalt.model import LanguageConfig, ModelConfig, VisionConfig
 from smalt.parallel import ParallelConfig, alone
 from smalt.parallel.model import ParallelModel
+from smalt.parallel.recompute import compile_blocks
 
 MODEL = ModelConfig(
     vision=VisionConfig(num_layers=1, width=8, num_heads=2, ffn=8, patch=2, tile=4),
@@ -89,3 +91,13 @@ def test_a_model_that_does_not_fit_is_refused_when_it_is_built():
     world = replace(alone(torch.device("cpu")), size=2, parallel=ParallelConfig(fsdp=1, tp=2))
     with pytest.raises(ValueError, match="sequence_length = 63 is not a multiple"):
         ParallelModel(MODEL, world, 0, torch.float32, ("language",), 63)
+
+
+def test_settings_of_the_compiler_are_those_of_the_last_layout():
+    """They are of the process, which may train run after run."""
+    import torch._functorch.config as functorch
+
+    part = SimpleNamespace(is_first=False, language=SimpleNamespace(blocks={}))
+    for layout, share in (({"memory_budget": 0.5}, 0.5), ({}, 1.0)):
+        compile_blocks(part, alone(torch.device("cpu"), ParallelConfig(compile=True, **layout)))
+        assert functorch.activation_memory_budget == share

@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 import workload
 
-from smalt.engine.config import OptimizerConfig, StageConfig
 from smalt.engine.optimizers import build_optimizer
+from smalt.engine.sections import OptimizerConfig, StageConfig
 from smalt.model.cost import Workload
 from smalt.parallel import ParallelModel
 from smalt.parallel.layout import local_part

@@ -19,6 +19,8 @@ class Workers:
     A row of which a rank was killed in native code is run once more, with a warning.
 
     record(...) has them train on given packs and gives what each rank launched, and what went wrong, by rank.
+    initial(...) has them read weights from folders and gives the whole ones.
+    distill(...) has them take one row with a teacher.
     border(...) has them go from one stage of a run to the next and gives what rank 0 found.
     """
 
@@ -33,8 +35,14 @@ class Workers:
     def run(self, num_processes, parallel, variant="", trainable="all", dtype="float64", fault=None, timeout=60):
         return self._result(num_processes, parallel, variant, fault, timeout, trainable=trainable, dtype=dtype)
 
+    def distill(self, num_processes, parallel, variant="", distance="cosine"):
+        return self._result(num_processes, parallel, variant, None, 60, trainable="all", dtype="float64", distance=distance)
+
     def border(self, num_processes, parallel):
         return self._result(num_processes, parallel, "", None, 60, border=True)
+
+    def initial(self, num_processes, parallel, folders, tie):
+        return self._result(num_processes, parallel, "", None, 60, folders=str(folders), tie=tie)
 
     def _result(self, num_processes, parallel, *common, **special):
         for again in (False, True):

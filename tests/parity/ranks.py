@@ -17,7 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import borders
+import distilled
 import faults
+import initial
 import recording
 import torch
 import torch.distributed as dist
@@ -35,6 +37,8 @@ def run_layout(case, world):
     dtype, trainable = workload.DTYPES[case["dtype"]], workload.TRAINABLE[case["trainable"]]
     config, autocast = workload.make_config(case["variant"]), case["dtype"] == "bfloat16"
     model = ParallelModel(config, world, 0, dtype, trainable, workload.LENGTH, autocast=autocast)
+    if "distance" in case:
+        model.distillation = distilled.make_distillation(model, case["variant"], case["distance"])
     optimizer = workload.make_optimizer(p for _, p in model.named_parameters())
     result = workload.train_layout(model, optimizer, workload.make_steps(case["variant"], dtype), whole_gradients)
     result["graphs"] = counters["stats"]["unique_graphs"]
@@ -59,6 +63,8 @@ def whole_gradients(model):
 
 def run_case(case, rank):
     size = case["num_processes"]
+    if size == 0 and "distance" in case:
+        return distilled.run_reference(case["variant"], case["distance"])
     if size == 0:
         return workload.run_reference(case["variant"], case["trainable"], case["dtype"])
     parallel = ParallelConfig(**case["parallel"]).sized(size)
@@ -72,6 +78,8 @@ def run_case(case, rank):
         assert len({group.group_name for _, group in world.groups}) == len(world.groups)
         if case.get("border"):
             return borders.run(world)
+        if case.get("folders"):
+            return initial.run(world, case["folders"], case["tie"])
         with faults.planted(case["fault"]):
             return recording.run_steps(case, world) if "steps" in case else run_layout(case, world)
     finally:

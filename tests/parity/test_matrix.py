@@ -55,6 +55,7 @@ ROWS = [
     # Other models, other data, frozen parts.
     (4, {"pp": 2, "tp": 2}, {"variant": "untied"}),
     (4, {"cp": 2, "tp": 2}, {"variant": "untied text"}),
+    (4, {"pp": 2, "cp": 2}, {"variant": "yarn"}),
     (4, {"cp": 2, "tp": 2, "tiles": "replicated"}, {}),
     (4, {"fsdp": 2, "cp": 2}, {"trainable": "frozen tower"}),
     (4, {"pp": 2, "fsdp": 2, "schedule": "zero_bubble"}, {"trainable": "projector only"}),

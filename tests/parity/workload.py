@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from smalt.model import Document, LanguageConfig, ModelConfig, PackedBatch, VisionConfig, build_model, pack
+from smalt.model import Document, LanguageConfig, ModelConfig, PackedBatch, VisionConfig, YarnConfig, build_model, pack
 
 LENGTH, STEPS, PACKS = 64, 3, 8
 MAX_NORM = 0.5
@@ -38,7 +38,8 @@ LAYOUTS = [
 
 
 def make_config(variant):
-    language = LANGUAGE.model_copy(update={"tie_embeddings": "untied" not in variant})
+    yarn = YarnConfig(factor=4.0, original_length=16) if "yarn" in variant else None
+    language = LANGUAGE.model_copy(update={"tie_embeddings": "untied" not in variant, "yarn": yarn})
     return ModelConfig(vision=VISION, language=language, image_attention="bidirectional", init_std=0.4)
 
 

@@ -40,6 +40,7 @@ def test_the_whole_of_it(tmp_path, capsys):
     assert max(map(len, shown.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_a_slow_writer_is_seen():
     class Slow:
         def save(self, step, tensors, state):

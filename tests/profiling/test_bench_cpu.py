@@ -33,6 +33,7 @@ def documents():
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tie", [True, False])
 def test_both_models_are_the_same(documents, tie):
     config = CONFIG.model_copy(update={"language": CONFIG.language.model_copy(update={"tie_embeddings": tie})})

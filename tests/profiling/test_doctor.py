@@ -90,6 +90,7 @@ def test_apex_of_nvidia(fake):
     assert found.status == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "version", "code", "status", "says"),
     [
@@ -120,6 +121,7 @@ def test_a_companion_that_hangs(fake):
     assert (found.status, found.detail.split("; ")[1]) == ("error", "it cannot be imported: no end after 2 s")
 
 
+@pytest.mark.slow
 def test_a_broken_torch_ends_in_a_report(fake):
     fake("torch", init="raise ImportError('libtorch_cpu.so: cannot open shared object file')")
     found = {c.name: c for c in fake.examine("d.doctor()")}

@@ -111,6 +111,7 @@ def rows_of_table(target, **tiles):
     ]
 
 
+@pytest.mark.slow
 def test_the_tiles_of_a_gpu_decide():
     def report(rows):
         table = rows_of_table(

@@ -109,6 +109,7 @@ ONE, TWO, EIGHT = ({**SHIPPED, "BLOCK_T": n} for n in (1, 2, 8))
 # The race
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["rms_norm_forward", "rms_norm_backward"])
 def test_the_fastest_wins(monkeypatch, kernel):
     (found, unreached), _ = tuned(monkeypatch, kernel, [ONE, SHIPPED, TWO], by_block(kernel, {4: 1.0, 1: 0.9, 2: 0.8}))
@@ -124,6 +125,7 @@ def test_the_fastest_wins(monkeypatch, kernel):
     assert unreached == f"{kernel} on interpreter, 32 bits, size 128: {NOBODY}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "wins"), [(0.981, False), (0.979, True)])
 def test_noise_does_not_replace_what_ships(monkeypatch, seconds, wins):
     (found, _), _ = tuned(monkeypatch, "rms_norm_forward", [ONE], by_block("rms_norm_forward", {4: 1.0, 1: seconds}))
@@ -132,6 +134,7 @@ def test_noise_does_not_replace_what_ships(monkeypatch, seconds, wins):
     assert ("1000000.0 us, stays: of 2 none is over 2% faster" in found.line()) is not wins
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "result"), [("rms_norm_forward", 0), ("rms_norm_backward", 1)])
 def test_what_fails_or_computes_something_else_is_dropped(monkeypatch, kernel, result):
     cost = by_block(kernel, {4: 1.0, 1: RuntimeError("out of resource: shared memory"), 2: "wrong", 8: 0.5})
@@ -176,6 +179,7 @@ def test_only_as_many_guesses_as_asked_for(monkeypatch):
     assert (found.chosen, found.timed) == (found.shipped, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "tiles", "timed"),
     [
@@ -303,6 +307,7 @@ def as_on_a_gpu(monkeypatch, outcomes):
     return calls
 
 
+@pytest.mark.slow
 def test_what_is_better_is_written_and_other_rows_stay(monkeypatch, tmp_path):
     folder = tmp_path / "tables"
     shutil.copytree(TABLES, folder)

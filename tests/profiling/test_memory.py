@@ -25,6 +25,7 @@ def test_one_process_holds_everything():
     assert found.total(64) == 16 * TOTAL + found.kept[64]
 
 
+@pytest.mark.slow
 def test_shards_hold_equal_parts_and_replicas_all_of_them():
     assert of(4).weights == TOTAL
     assert of(8, dp=2).weights == TOTAL
@@ -62,6 +63,7 @@ def test_table_of_the_documentation(tmp_path):
     assert copy.read_text() == memory.DOCS.read_text(), "run smalt memory --write"
 
 
+@pytest.mark.slow
 def test_whole_gradients_wait_where_a_step_has_several_packs():
     assert of(1).waiting == 0
     assert of(2).waiting == of(4, dp=2).waiting == 4 * TOTAL

@@ -1,0 +1,1 @@
+"""Smalt inside other software."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,11 +47,14 @@ def _of_seed(config: RunConfig, world: World, data: RunData) -> Iterator[Accurac
     *first, last = config.stages
     short: Stage | None = None
     for name in first:
-        short = Stage(config, name, world, data, short.model if short else None, None)
+        short = Stage(config, name, world, data, short, None)
         _train(short)
     stages = {**config.stages, last: config.stages[last].model_copy(update={"yarn": None})}
     for yarn, chosen in ((False, config.model_copy(update={"stages": stages})), (True, config)):
-        stage = Stage(chosen, last, world, data, short.model if short else None, None)
+        before = copy.copy(short)
+        if before is not None:
+            before.kept = copy.deepcopy(before.kept)  # a stage takes over the optimiser's state itself, and there are two
+        stage = Stage(chosen, last, world, data, before, None)
         yield Accuracy(config.seed, yarn, False, _accuracy(config, stage, data))
         _train(stage)
         yield Accuracy(config.seed, yarn, True, _accuracy(config, stage, data))
@@ -59,6 +63,7 @@ def _of_seed(config: RunConfig, world: World, data: RunData) -> Iterator[Accurac
 def _train(stage: Stage) -> None:
     for batch in stage.batches():
         stage.train_step(batch)
+    stage.end()
     stage.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -132,9 +133,19 @@ class RunConfig(Section):
             wrong = "dtype = 'float64': set it to 'float32' or 'bfloat16'"
         elif names := [name for name, stage in self.stages.items() if stage.objective == "distillation"]:
             wrong = f"stages.{names[0]}.objective = 'distillation': set it to 'cross_entropy'"
+        elif (found := self._continued_anew()) is not None:
+            # It counts the steps of all parameters as one.
+            wrong = f"stages.{found}.schedule = 'continued', where the stage before does not train the same parts: give it its own"
         else:
             return
         raise ValueError(f"parallel.runtime = 'deepspeed' does not work with {wrong}, or set parallel.runtime to 'torch'")
+
+    def _continued_anew(self) -> str | None:
+        """A stage that continues another one, and trains what did not learn there."""
+        learning = {name: {part for part, rate in stage.trainable.items() if rate} for name, stage in self.stages.items()}
+        return next(
+            (after for name, after in pairwise(self.stages) if self.is_continued(name) and learning[after] - learning[name]), None
+        )
 
     def parallel_of(self, name: str) -> ParallelConfig:
         """The layout with what stage ``name`` sets otherwise. Raises ValidationError where the two do not go together."""
@@ -147,6 +158,10 @@ class RunConfig(Section):
         own = [yarn for stage in names[: names.index(name) + 1] if (yarn := self.stages[stage].yarn) is not None]
         language = self.model.language.model_copy(update={"yarn": own[-1] if own else self.model.language.yarn})
         return self.model.model_copy(update={"language": language})
+
+    def is_continued(self, name: str) -> bool:
+        """Whether the stage after ``name`` goes on with its schedule and the state of its optimiser."""
+        return any(self.stages[after].schedule == "continued" for before, after in pairwise(self.stages) if before == name)
 
     def packs_of(self, name: str) -> int:
         """Packs of a step of stage ``name``, over all processes."""

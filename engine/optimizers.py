@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -104,18 +104,47 @@ def _apex(groups: Groups, rate: float, config: OptimizerConfig) -> ApexAdam:
     return ApexAdam(groups, fused_adam, rate, config.betas, config.eps)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, Tensor]:
-    """Every tensor of the optimiser's state as ``optimizer.STATE.NAME``, made now where no step was taken yet.
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, dict[str, Tensor]]:
+    """The optimiser's state by the name of the parameter, made now where no step was taken yet.
 
-    They are the state itself, and writing into them restores it; of DeepSpeed's they are copies, which its model restores. names: of
-    the parameters; what it leaves out is left out.
+    It is the state itself, and writing into it restores it; DeepSpeed's is a copy, which its model restores. names: of the parameters;
+    what it leaves out is left out.
     """
-    tensors = {}
+    held = ((group, p) for group in optimizer.param_groups for p in group["params"] if p in names)
+    return {names[p]: _state_of(optimizer, group, p) for group, p in held}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, Tensor]:
+    """Every tensor of :func:`optimizer_state`, as ``optimizer.STATE.NAME``."""
+    return tensors_of(optimizer_state(optimizer, names))
+
+
+def tensors_of(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Each tensor of states by parameter as ``optimizer.STATE.NAME``."""
+    return {f"optimizer.{key}.{name}": tensor for name, state in states.items() for key, tensor in state.items()}
+
+
+def continue_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: ParallelModel,
+    before: ParallelModel,
+    states: Mapping[str, dict[str, Tensor]],
+    parts: Collection[str],
+) -> None:
+    """Go on with the state of an optimiser of the same kind over another model on this layout; every rank of the world calls it.
+
+    states: what this rank has of it, for ``before``; parts: those that learned there and learn here. The state of parameters that stay
+    where they are is taken as it is, without a copy. Raises ValueError as ``model.restore`` does.
+    """
+    states = {name: state for name, state in states.items() if name.split(".")[0] in parts}
+    if isinstance(optimizer, ZeroOptimizer):
+        model.restore({**{f"model.{name}": weight for name, weight in model.weights().items()}, **tensors_of(states)})
+        return
+    names = {p: name for name, p in model.named_parameters() if name.split(".")[0] in parts}
     for group in optimizer.param_groups:
-        for p in (p for p in group["params"] if p in names):
-            for state, value in _state_of(optimizer, group, p).items():
-                tensors[f"optimizer.{state}.{names[p]}"] = value
-    return tensors
+        for p in (p for p in group["params"] if names.get(p) in states):
+            optimizer.state[p] = states[names[p]]
+    model.take_moved(before, tensors_of(states), optimizer_tensors(optimizer, names))
 
 
 def _state_of(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.nn.Parameter) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ def learning_rate(config: RunConfig, name: str, step: int) -> float:
     names = _sharing(config, name)
     before = sum(config.stages[n].steps * _tokens(config, n) for n in names[: names.index(name)])
     rate = _schedule(config, names).rate(before + step * _tokens(config, name), _tokens(config, name))
-    warmup = config.stages[name].warmup_steps if name != names[0] else None  # of its own, for moments that begin anew
+    warmup = config.stages[name].warmup_steps if name != names[0] else None  # of its own, where other data or parts begin
     return rate * min(1.0, (step + 1) / warmup) if warmup else rate
 
 

@@ -155,7 +155,7 @@ class StageConfig(Section):
     embedding and positions once more than the first block, the final norm not at all."""
     schedule: Literal["constant", "cosine", "wsd", "continued"] = "cosine"
     """Learning rate after the warm-up: constant, half a cosine, or stable and then a decay (wsd). continued: the schedule of the stage
-    before is one over the tokens of both."""
+    before is one over the tokens of both, and the state of its optimiser goes on; otherwise a stage has a new one."""
     warmup_steps: int | None = Field(None, ge=0)
     """Steps over which the learning rate rises linearly, with schedule = continued to that of the stage before; 0 when not given."""
     decay_share: float | None = Field(None, gt=0, le=1)

@@ -34,7 +34,15 @@ from .initial import Beginnings, make_distillation, take_initial
 from .memory import explain_out_of_memory
 from .norms import module_norms, optimizer_norms
 from .objectives import pack_loss
-from .optimizers import build_optimizer, optimizer_tensors, parameter_groups, set_learning_rate, trainable_parts
+from .optimizers import (
+    build_optimizer,
+    continue_optimizer,
+    optimizer_state,
+    parameter_groups,
+    set_learning_rate,
+    tensors_of,
+    trainable_parts,
+)
 from .resampler import Resampler, UnsolvedTokens
 from .schedules import learning_rate
 from .spikes import OK, SpikeRule, Verdict
@@ -75,24 +83,30 @@ class StepResult:
 class Stage:
     """Stage ``name`` of a run, ready for its next step: from given weights, or where a checkpoint of it stopped."""
 
+    model: ParallelModel
+    optimizer: torch.optim.Optimizer
+
     def __init__(
         self,
         config: RunConfig,
         name: str,
         world: World,
         data: RunData,
-        before: ParallelModel | None,
+        before: Stage | None,
         checkpoint: Checkpoint | None,
         step: int = 0,
         beginnings: Beginnings | None = None,
     ):
-        """before: the model of the stage before, whose weights this one begins with; step: of the run, as far as it is done;
+        """before: the stage before, which is closed and with whose weights this one begins; step: of the run, as far as it is done;
         beginnings: initial weights for a stage without either, and the teacher of one that has one."""
         self.run_config, self.config, self.name = config, config.stages[name], name
         self.world = world = replace(world, parallel=config.parallel_of(name).sized(world.size))
         torch.manual_seed(config.seed)
         begins = before is None and checkpoint is None
-        self.model, self.optimizer = self._build(data, before, beginnings if begins else None)
+        self.model, self.optimizer = self._build(data, before.model if before else None, beginnings if begins else None)
+        self.kept: dict[str, dict[str, Tensor]] | None = None
+        if before is not None and before.kept is not None:
+            self._continue_optimizer(before, before.kept)
         if self.config.teacher is not None:
             assert beginnings is not None
             self.model.distillation = make_distillation(config, name, self.model, beginnings)
@@ -140,6 +154,13 @@ class Stage:
         if beginnings is not None:
             take_initial(model, config, beginnings)
         return model, build_optimizer(model, self.config, config.optimizer)
+
+    def _continue_optimizer(self, before: Stage, kept: dict[str, dict[str, Tensor]]) -> None:
+        parts = set(trainable_parts(self.config)) & set(trainable_parts(before.config))
+        try:
+            continue_optimizer(self.optimizer, self.model, before.model, kept, parts)
+        except ValueError as error:
+            raise UserError(f"stages.{self.name}: {error}") from error
 
     def roll_back(self, checkpoint: Checkpoint) -> None:
         """Take weights and optimiser state of a checkpoint of this stage; the data goes on where it is."""
@@ -240,8 +261,10 @@ class Stage:
     def tensors(self) -> dict[str, Tensor]:
         """Everything of a checkpoint that is a tensor."""
         weights = {f"model.{name}": tensor for name, tensor in self.model.weights().items()}
-        state = optimizer_tensors(self.optimizer, {p: name for name, p in self.model.named_parameters()})
-        return {**weights, **state, self._random_state: torch.get_rng_state()}
+        return {**weights, **tensors_of(self._optimizer_state()), self._random_state: torch.get_rng_state()}
+
+    def _optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        return optimizer_state(self.optimizer, {p: name for name, p in self.model.named_parameters()})
 
     @property
     def _random_state(self) -> str:
@@ -258,6 +281,11 @@ class Stage:
             "processes": self.world.size,
             "spikes": self.rule.state(),
         }
+
+    def end(self) -> None:
+        """Keep the optimiser's state where the next stage goes on with it. Every rank calls it at the end, before :meth:`close`."""
+        if self.run_config.is_continued(self.name):
+            self.kept = self._optimizer_state()
 
     def close(self) -> None:
         """End the loader's thread; the model keeps its weights."""

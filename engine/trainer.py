@@ -72,10 +72,11 @@ class Run:
     def stages(self) -> Iterator[Stage]:
         """The stages that are left; the first of a resumed run goes on where its checkpoint was written."""
         names = stages_left(self.config, self.checkpoint)
+        stage: Stage | None = None
         for name in names:
             checkpoint = self.checkpoint if name == names[0] else None
             with self.watchdog.pause(f"building stage {name}"):
-                stage = Stage(self.config, name, self.world, self.data, self.model, checkpoint, self.step, self.beginnings)
+                stage = Stage(self.config, name, self.world, self.data, stage, checkpoint, self.step, self.beginnings)
             self.model = stage.model  # the last stage's weights are given up
             self.recorder = self._recorder()
             try:
@@ -83,6 +84,7 @@ class Run:
                     self._begin(stage)
                 self.watchdog.beat(self.step, FIRST_STEP)
                 yield stage
+                stage.end()
             finally:
                 # Sharded weights cannot be made while torch's profiler holds tensors; nor is that part of a step.
                 self.recorder.close()

@@ -198,12 +198,20 @@ class ParallelModel:
     @torch.no_grad()
     def copy_weights(self, other: ParallelModel) -> None:
         """Take the weights of a model on the same layout, whose pipeline may be cut elsewhere. Every rank of the world calls it."""
-        theirs = {name: local_part(p) for name, p in other.named_parameters()}
-        mine = {name: local_part(p) for name, p in self.named_parameters()}
+        theirs, mine = dict(other.named_parameters()), dict(self.named_parameters())
         for name in mine.keys() & theirs.keys():
-            mine[name].copy_(theirs[name])
-        # Blocks that another pipeline stage has now, one after the other, in one order on all ranks. What is a rank's share of a block
-        # depends on the other axes alone, so that it goes to the same place of the other stage.
+            local_part(mine[name]).copy_(local_part(theirs[name]))
+        self.take_moved(other, theirs, mine)
+
+    @torch.no_grad()
+    def take_moved(self, other: ParallelModel, theirs: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> None:
+        """Of tensors that go with parameters, write those of blocks that another pipeline stage has now into ``mine``; the others are
+        left to the caller. Every rank of the world calls it.
+
+        theirs, mine: what this rank holds for ``other`` and for this model, named alike, with the name of the parameter in each.
+        """
+        # One block after the other, in one order on all ranks. What is a rank's share of a block depends on the other axes alone, so
+        # that it goes to the same place of the other stage.
         for block in (f"language.blocks.{i}." for i in range(self.config.language.num_layers)):
             sender, receiver = other._holder(block), self._holder(block)
             if sender != receiver:
@@ -211,15 +219,16 @@ class ParallelModel:
 
     def _hand_over(self, block: str, theirs: Mapping[str, Tensor], sender: int, mine: Mapping[str, Tensor], receiver: int) -> None:
         assert self.world.meshes is not None
-        group, place = self.world.meshes.pp.get_group(), self.world.coordinates["pp"]
+        group, place, device = self.world.meshes.pp.get_group(), self.world.coordinates["pp"], self.world.device
         if place == sender:
-            for tensor in (tensor for name, tensor in theirs.items() if name.startswith(block)):
-                dist.send(tensor.contiguous(), group=group, group_dst=receiver)
+            for name in sorted(name for name in theirs if block in name):
+                dist.send(local_part(theirs[name]).to(device).contiguous(), group=group, group_dst=receiver)
         elif place == receiver:
-            for tensor in (tensor for name, tensor in mine.items() if name.startswith(block)):
-                arrived = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            for name in sorted(name for name in mine if block in name):
+                part = local_part(mine[name])
+                arrived = torch.empty_like(part, device=device, memory_format=torch.contiguous_format)
                 dist.recv(arrived, group=group, group_src=sender)
-                tensor.copy_(arrived)
+                part.copy_(arrived)
 
     @torch.no_grad()
     def fill(self, values: Mapping[str, Callable[[Bounds], Tensor]]) -> None:

@@ -19,6 +19,11 @@ CHANGES = {
     "logging.validate_every": 2, "logging.norms_every": 2, "data.packs_per_step": 4, "checkpoint.every": 2, "checkpoint.keep": 9,
     "evaluation.sources": {}, "evaluation.budget_tasks": [],
 }  # fmt: skip
+EVERYTHING = dict.fromkeys(("vision", "projector", "language"), 1.0)
+CONTINUED = {
+    **CHANGES, "stages.align.trainable": EVERYTHING, "stages.align.schedule": "cosine", "stages.sft.schedule": "continued",
+    "stages.sft.learning_rate": None, "stages.sft.warmup_steps": None,
+}  # fmt: skip
 ZERO = ["--parallel.runtime", "deepspeed", "--parallel.deepspeed.keep_whole", "0"]
 RUNS = {"one": (1, []), "two": (2, []), "zero-3": (2, ZERO), "zero-2": (2, [*ZERO, "--parallel.deepspeed.stage", "2"])}
 # A run on DeepSpeed may differ from one on torch by this many times what two runs on torch differ by, on one process and on two.
@@ -32,13 +37,15 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def run(runs, tiny_config, train):
-    """run(name): the folder of a whole run of RUNS; the first call trains."""
+    """run(name, kind="begins"): the folder of a whole run of RUNS, whose second stage begins with a new optimiser or, if ``kind`` is
+    "continues", goes on with that of the first; the first call trains."""
 
-    def folder(name):
-        path = runs / name
+    def folder(name, kind="begins"):
+        path = runs / f"{name}-{kind}"
         if not path.exists():
             num_processes, options = RUNS[name]
-            train([tiny_config(CHANGES), "--folder", path, *options], nproc=num_processes)
+            changes = {"begins": CHANGES, "continues": CONTINUED}[kind]
+            train([tiny_config(changes), "--folder", path, *options], nproc=num_processes)
         return path
 
     return folder
@@ -82,11 +89,11 @@ def differences(got, want):
 
 @pytest.fixture
 def assert_same(run):
-    """assert_same(figures): they are those of torch on one process, as near as on two."""
+    """assert_same(figures, kind="begins"): they are those of torch on one process, as near as on two."""
 
-    def check(got):
-        want = figures(run("one"))
-        limits = differences(figures(run("two")), want)
+    def check(got, kind="begins"):
+        want = figures(run("one", kind))
+        limits = differences(figures(run("two", kind)), want)
         assert any(key.startswith("norms/state/exp_avg_sq/language.blocks.0") for key in limits)
         assert any(key.startswith("norms/gradients/vision.blocks.0") for key in limits)
         assert any(key.startswith("validation_loss") for key in limits)
@@ -100,9 +107,10 @@ def assert_same(run):
 
 @needs_deepspeed
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["begins", "continues"])
 @pytest.mark.parametrize("name", ["zero-2", "zero-3"])
-def test_figures_of_torch(name, run, assert_same):
-    assert_same(figures(run(name)))
+def test_figures_of_torch(name, kind, run, assert_same):
+    assert_same(figures(run(name, kind)), kind)
 
 
 @needs_deepspeed
@@ -150,6 +158,10 @@ def test_alone_without_torchrun(tiny_config, tmp_path, train):
         ({"optimizer.kind": "muon"}, ["optimizer.kind = 'muon'", "'adamw'"]),
         ({"optimizer.offload": "cpu"}, ["optimizer.offload = 'cpu'", "parallel.deepspeed.offload_optimizer"]),
         ({"dtype": "float64"}, ["dtype = 'float64'", "'float32'"]),
+        (
+            {"stages.sft.schedule": "continued", "stages.sft.learning_rate": None, "stages.sft.warmup_steps": None},
+            ["stages.sft.schedule = 'continued', where the stage before does not train the same parts"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )

@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 import workload
 
-from smalt.engine.optimizers import build_optimizer
+from smalt.engine.optimizers import build_optimizer, continue_optimizer, optimizer_tensors
+from smalt.engine.optimizers import optimizer_state as state_of
 from smalt.engine.sections import OptimizerConfig, StageConfig
 from smalt.model.cost import Workload
 from smalt.parallel import ParallelModel
@@ -14,18 +15,20 @@ TIED = "language.embedding.weight"
 STAGE = StageConfig(
     steps=3, sequence_length=workload.LENGTH, mixture={"any": 1.0}, trainable=dict.fromkeys(workload.ALL, 1.0), learning_rate=1e-2
 )  # fmt: skip
+OPTIMIZER = OptimizerConfig(kind="smalt_adamw", state_dtype="bfloat16")
 # Many tiles, which leave the stage with the vision tower few blocks, and none.
 WORK = [Workload(workload.LENGTH, workload.LENGTH, 200), Workload(workload.LENGTH, workload.LENGTH, 0)]
 
 
 def run(world):
     """blocks: of both models' pipeline stages; trained, taken_over: weights of the first after three steps, and of the second; tied:
-    this rank's part of the tied weight, of every rank; changed: weights that gathering them has written into, on any rank."""
+    this rank's part of the tied weight, of every rank; changed: weights that gathering them has written into, on any rank; state: of
+    the first optimiser and of the second, which goes on with it, from all ranks."""
     config = workload.make_config("")
     first, second = (
         ParallelModel(config, world, seed, torch.float32, workload.ALL, workload.LENGTH, work) for seed, work in enumerate(WORK)
     )
-    optimizer = build_optimizer(first, STAGE, OptimizerConfig(kind="smalt_adamw", state_dtype="bfloat16"))
+    optimizer = build_optimizer(first, STAGE, OPTIMIZER)
     for packs in workload.make_steps("", torch.float32):
         total = workload.denominator(packs)
         first.accumulate(
@@ -41,10 +44,24 @@ def run(world):
     trained = first.full_state()
     changed = [name for name, p in mine.items() if not torch.equal(local_part(p), own[name])]
     second.copy_weights(first)
+    before = _state(optimizer, first, world)
+    after = build_optimizer(second, STAGE, OPTIMIZER)
+    continue_optimizer(after, second, first, state_of(optimizer, _names(first)), workload.ALL)
     found = [None] * world.size
-    dist.all_gather_object(found, (tied, changed))
+    dist.all_gather_object(found, (tied, changed, before, _state(after, second, world)))
     return {
         "blocks": [[list(blocks) for blocks in model.blocks] for model in (first, second)],
         "trained": trained, "taken_over": second.full_state(),
-        "tied": [tied for tied, _ in found], "changed": sorted({name for _, names in found for name in names}),
+        "tied": [tied for tied, *_ in found], "changed": sorted({name for _, names, *_ in found for name in names}),
+        "state": [{key: tensor for state in states for key, tensor in state.items()} for states in list(zip(*found, strict=True))[2:]],
     }  # fmt: skip
+
+
+def _names(model):
+    return {p: name for name, p in model.named_parameters()}
+
+
+def _state(optimizer, model, world):
+    """What this rank holds of the optimiser's state, by name and by its place on the axes that cut parameters."""
+    place = tuple(index for axis, index in world.coordinates.items() if axis != "pp")
+    return {(key, place): local_part(t).detach().clone() for key, t in optimizer_tensors(optimizer, _names(model)).items()}

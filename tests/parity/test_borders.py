@@ -26,6 +26,13 @@ def test_blocks_move_to_where_the_next_stage_has_them(border):
         assert torch.equal(found["taken_over"][name], tensor), name
 
 
+def test_the_state_of_the_optimiser_moves_with_them(border):
+    before, after = border[1]["state"]
+    assert before.keys() == after.keys()
+    assert not [key for key in before if not torch.equal(before[key], after[key])]
+    assert any(key[0].startswith("optimizer.exp_avg_sq.language.blocks.") and tensor.any() for key, tensor in after.items())
+
+
 def test_copies_of_a_tied_weight_are_rounded_alike(border):
     found = border[1]
     holders = [tied for tied in found["tied"] if tied is not None]

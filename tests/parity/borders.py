@@ -22,8 +22,9 @@ WORK = [Workload(workload.LENGTH, workload.LENGTH, 200), Workload(workload.LENGT
 
 def run(world):
     """blocks: of both models' pipeline stages; trained, taken_over: weights of the first after three steps, and of the second; tied:
-    this rank's part of the tied weight, of every rank; changed: weights that gathering them has written into, on any rank; state: of
-    the first optimiser and of the second, which goes on with it, from all ranks."""
+    this rank's part of the tied weight, of every rank; changed: weights that gathering them has written into, on any rank; states: of
+    the first optimiser and of three that go on with it, of the second model, of one without a language model that learns, and of the
+    second again; from all ranks."""
     config = workload.make_config("")
     first, second = (
         ParallelModel(config, world, seed, torch.float32, workload.ALL, workload.LENGTH, work) for seed, work in enumerate(WORK)
@@ -44,16 +45,26 @@ def run(world):
     trained = first.full_state()
     changed = [name for name, p in mine.items() if not torch.equal(local_part(p), own[name])]
     second.copy_weights(first)
-    before = _state(optimizer, first, world)
+    states = [_state(optimizer, first, world)]
     after = build_optimizer(second, STAGE, OPTIMIZER)
     continue_optimizer(after, second, first, state_of(optimizer, _names(first)), workload.ALL)
+    states.append(_state(after, second, world))
+    # The language model, whose blocks move, stops to learn and begins again.
+    few = ("vision", "projector")
+    third = ParallelModel(config, world, 0, torch.float32, few, workload.LENGTH, WORK[0])
+    frozen = build_optimizer(third, STAGE.model_copy(update={"trainable": dict.fromkeys(few, 1.0)}), OPTIMIZER)
+    continue_optimizer(frozen, third, second, state_of(after, _names(second)), few)
+    states.append(_state(frozen, third, world))
+    last = build_optimizer(second, STAGE, OPTIMIZER)
+    continue_optimizer(last, second, third, state_of(frozen, _names(third)), few)
+    states.append(_state(last, second, world))
     found = [None] * world.size
-    dist.all_gather_object(found, (tied, changed, before, _state(after, second, world)))
+    dist.all_gather_object(found, (tied, changed, *states))
     return {
         "blocks": [[list(blocks) for blocks in model.blocks] for model in (first, second)],
         "trained": trained, "taken_over": second.full_state(),
         "tied": [tied for tied, *_ in found], "changed": sorted({name for _, names, *_ in found for name in names}),
-        "state": [{key: tensor for state in states for key, tensor in state.items()} for states in list(zip(*found, strict=True))[2:]],
+        "states": [{key: tensor for held in state for key, tensor in held.items()} for state in list(zip(*found, strict=True))[2:]],
     }  # fmt: skip
 
 

@@ -27,10 +27,19 @@ def test_blocks_move_to_where_the_next_stage_has_them(border):
 
 
 def test_the_state_of_the_optimiser_moves_with_them(border):
-    before, after = border[1]["state"]
+    before, after, *_ = border[1]["states"]
     assert before.keys() == after.keys()
     assert not [key for key in before if not torch.equal(before[key], after[key])]
     assert any(key[0].startswith("optimizer.exp_avg_sq.language.blocks.") and tensor.any() for key, tensor in after.items())
+
+
+def test_what_did_not_learn_before_the_border_begins_anew_after_it(border):
+    before, _, frozen, last = border[1]["states"]
+    language = {key for key in before if ".language." in key[0]}
+    assert frozen.keys() == before.keys() - language
+    assert last.keys() == before.keys()
+    assert not [key for key in frozen if not torch.equal(before[key], frozen[key]) or not torch.equal(before[key], last[key])]
+    assert not [key for key in language if last[key].any()]
 
 
 def test_copies_of_a_tied_weight_are_rounded_alike(border):

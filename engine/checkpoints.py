@@ -33,7 +33,7 @@ from smalt.model import ModelConfig
 from smalt.parallel import World
 
 from .config import flat
-from .errors import UserError
+from .errors import UserError, warn
 from .shard_storage import Snapshot, save_snapshot
 from .tensor_files import SUFFIX, FileRecord, checksum, sync_folder, write_file
 
@@ -203,7 +203,7 @@ class CheckpointWriter:
         try:
             old = _committed(self.folder)[: -self.keep]
         except UserError as error:
-            _say(f"old checkpoints are not removed: {error}")
+            warn(f"old checkpoints are not removed: {error}")
             return
         for path in old:
             self._remove(path)
@@ -231,7 +231,7 @@ class CheckpointWriter:
         if path not in self._refused:
             self._refused.add(path)
             where = f" ({error.filename})" if error.filename else ""
-            _say(f"{path} cannot be removed: {error.strerror or error}{where}; the run goes on; remove it by hand, if it stays")
+            warn(f"{path} cannot be removed: {error.strerror or error}{where}; the run goes on; remove it by hand, if it stays")
 
 
 def holds_checkpoints(folder: Path) -> bool:
@@ -253,14 +253,14 @@ def latest_checkpoint(folder: Path, *, set_aside: bool = True) -> Checkpoint:
         checkpoint, damage = _examine(path)
         if checkpoint is not None:
             if passed:
-                _say(f"step {checkpoint.step} is used instead: {path}")
+                warn(f"step {checkpoint.step} is used instead: {path}")
             return checkpoint
         if path in _committed(folder):  # a run that is under way may have removed it meanwhile
             passed.append(path)
             done = "it is passed over, and left as it is"
             if set_aside:
                 done = _set_aside(path, DAMAGED, "it is passed over where it is")
-            _say(f"checkpoint {path} is damaged: {damage}; {done}")
+            warn(f"checkpoint {path} is damaged: {damage}; {done}")
     damaged = sorted(path.name for path in _step_folders(folder) if DAMAGED in path.name or path in passed)
     raise UserError(f"{folder} holds no {'whole ' if damaged else ''}checkpoint" + (f", only {', '.join(damaged)}" if damaged else ""))
 
@@ -283,7 +283,7 @@ def checkpoint_before(folder: Path, step: int) -> Checkpoint | None:
         checkpoint, damage = _examine(path)
         if checkpoint is not None:
             return checkpoint
-        _say(f"checkpoint {path} is damaged: {damage}; the one before it is looked at")
+        warn(f"checkpoint {path} is damaged: {damage}; the one before it is looked at")
     return None
 
 
@@ -344,7 +344,7 @@ def _examine(path: Path) -> tuple[Checkpoint | None, str]:
         return checkpoint, ""
     if "format" in state:
         return None, f"{CHECKSUMS} is missing"
-    _say(f"checkpoint {path} has no checksums, as those of version 0.2.1: only the form of its files was checked")
+    warn(f"checkpoint {path} has no checksums, as those of version 0.2.1: only the form of its files was checked")
     return checkpoint, ""
 
 
@@ -414,10 +414,6 @@ def _set_aside(path: Path, suffix: str, otherwise: str) -> str:
     except OSError as error:
         return f"{otherwise}, for it cannot be renamed ({error})"
     return f"set aside as {target.name}"
-
-
-def _say(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _committed(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The two kinds of error that a user can cause: one ends the run, the other loses a sample."""
+"""The two kinds of error that a user can cause, one of which ends the run and the other loses a sample, and how they are said."""
 
 from __future__ import annotations
 
@@ -28,16 +28,21 @@ class BadRecord(Exception):
         return BadRecord, (self.cause, self.detail)
 
 
+def warn(text: str) -> None:
+    """Say what does not end the run, on stderr."""
+    _say(f"warning: {text}")
+
+
 def tell(error: UserError | BadRecord, world: World | None) -> None:
     """Print what ends this process. The main one speaks for all that have the same to say; another rank speaks, and is named, where
     the main one says something else, or nothing in time. world: None before the processes have met."""
     if world is None or world.store is None:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}")
         return
     # Torchrun's, when one process has ended: each still says what it has to say.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if world.is_main:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}")
         world.store.set("error", str(error))
         return
     try:
@@ -46,4 +51,10 @@ def tell(error: UserError | BadRecord, world: World | None) -> None:
     except RuntimeError:  # not in time, or the store is gone
         told = None
     if told != str(error):
-        print(f"error on rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        _say(f"error on rank {world.rank}: {error}")
+
+
+def _say(line: str) -> None:
+    # In one write: the processes of a node share stderr, and print would write the end of the line on its own.
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -20,7 +20,7 @@ from smalt.parallel import Watchdog, World, lay_out
 
 from .checkpoints import Checkpoint, check_architecture, check_optimizer, holds_checkpoints, latest_checkpoint
 from .config import RunConfig, flat, load_config, parse_config
-from .errors import UserError
+from .errors import UserError, warn
 from .run_folder import CHAIN, CHECKPOINTS, CONFIG, STALLS, latest_run, lock_folder, new_run, read_config, run_of_this_torchrun
 from .sections import ColumnsConfig, TaskConfig
 
@@ -142,10 +142,9 @@ def _warn_of_differences(asked: RunConfig, used: RunConfig, path: Path, folder: 
     different = [f"{key}: {here.get(key)} ({there.get(key)} in the file)" for key in here | there if here.get(key) != there.get(key)]
     if different:
         more = f", and {len(different) - 5} more" if len(different) > 5 else ""
-        print(
-            f"warning: {path} differs from the config of the run, {folder / CONFIG}, which is used: {', '.join(different[:5])}{more}; "
-            "give an option to change a value",
-            file=sys.stderr,
+        warn(
+            f"{path} differs from the config of the run, {folder / CONFIG}, which is used: {', '.join(different[:5])}{more}; give an "
+            "option to change a value"
         )
 
 

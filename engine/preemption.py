@@ -6,12 +6,12 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from types import TracebackType
 
 from . import LAUNCHER
+from .errors import warn
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 # Between the last word of a process and the SIGKILL that comes at the end of its grace.
@@ -107,4 +107,4 @@ class Preemption:
         if self.is_main:
             # Whoever read stderr may be gone.
             with contextlib.suppress(OSError):
-                print(f"warning: {text}", file=sys.stderr, flush=True)
+                warn(text)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import IO, Any
 
 from .config import RunConfig, parse_config
 from .data.reading import SkippedSample
-from .errors import UserError
+from .errors import UserError, warn
 from .evaluation import Answer, write_answers
 from .spikes import SPIKES
 from .tensor_files import sync_folder, write_file
@@ -121,7 +120,7 @@ def lock_folder(folder: Path, seconds: float) -> IO[str]:
             break
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                _warn(f"{folder} cannot be locked ({error}); see to it yourself that no two runs write there")
+                warn(f"{folder} cannot be locked ({error}); see to it yourself that no two runs write there")
                 return file
         if time.monotonic() > deadline:
             file.seek(0)
@@ -130,7 +129,7 @@ def lock_folder(folder: Path, seconds: float) -> IO[str]:
                 f"if its machine is gone and the file system does not know, remove {folder / LOCK}"
             )
         if not waiting:
-            _warn(f"{folder} is in use by another process; waiting for it to end, {seconds:g} s at most")
+            warn(f"{folder} is in use by another process; waiting for it to end, {seconds:g} s at most")
         waiting = True
         time.sleep(0.2)
     file.truncate(0)
@@ -149,10 +148,6 @@ def make_folder(folder: Path, inside: str = "") -> None:
 
 def _not_writable(folder: Path, error: OSError) -> UserError:
     return UserError(f"{folder} cannot be written to: {error.strerror}; choose another folder with --folder")
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -322,6 +317,6 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 values = json.loads(line)
                 values["step"] + 0
             except (ValueError, TypeError, KeyError):
-                _warn(f"{path}, line {number} is damaged; it is passed over, in the plots too")
+                warn(f"{path}, line {number} is damaged; it is passed over, in the plots too")
             else:
                 yield end, values

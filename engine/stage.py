@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -28,7 +27,7 @@ from .data.reading import Reader
 from .data.records import Records
 from .data.stream import Presentation, SampleStream, seed_of
 from .data.validation import ValidationSet
-from .errors import UserError
+from .errors import UserError, warn
 from .evaluation import Task
 from .initial import Beginnings, make_distillation, take_initial
 from .memory import explain_out_of_memory
@@ -309,12 +308,11 @@ def loader_state(saved: Mapping[str, Any], order: dict[str, Any], world: World) 
         return state
     if world.is_main:
         differences = [f"{key}: {before.get(key)}, now {value}" for key, value in order.items() if before.get(key) != value]
-        said = (
-            f"warning: stage {saved['stage']!r} goes on at sample {state.cursor} of another order than that of its checkpoint "
+        warn(
+            f"stage {saved['stage']!r} goes on at sample {state.cursor} of another order than that of its checkpoint "
             f"({', '.join(differences)}): some records come again and others never; {len(state.carried)} documents that waited for a "
             "pack are given up"
         )
-        print(said, file=sys.stderr, flush=True)
     return PackerState(state.cursor)
 
 

@@ -72,8 +72,10 @@ def parameter_groups(model: MultimodalModel | ParallelModel, stage: StageConfig,
             muon = config.kind == "muon" and p.ndim == 2 and (".blocks." in name or name.startswith("projector."))
             # Which DTensors one fused step takes together changes from torch to torch; those of one mesh always are.
             mesh = p.device_mesh if config.kind == "adamw" and isinstance(p, DTensor) else None
+            # FusedAdam counts the steps of a group, and a part may have begun in a later stage than the others.
+            part = name.split(".")[0] if config.kind == "apex" else None
             empty = {"params": [], "weight_decay": decay, "multiplier": multiplier, "muon": muon}
-            groups.setdefault((multiplier, decay, muon, mesh), empty)["params"].append(p)
+            groups.setdefault((multiplier, decay, muon, mesh, part), empty)["params"].append(p)
     return list(groups.values()) or [{"params": [], "weight_decay": 0.0, "multiplier": 1.0, "muon": False}]
 
 
@@ -138,7 +140,7 @@ def continue_optimizer(
     """
     states = {name: state for name, state in states.items() if name.split(".")[0] in parts}
     if isinstance(optimizer, ZeroOptimizer):
-        model.restore({**{f"model.{name}": weight for name, weight in model.weights().items()}, **tensors_of(states)})
+        model.restore(tensors_of(states))
         return
     names = {p: name for name, p in model.named_parameters() if name.split(".")[0] in parts}
     for group in optimizer.param_groups:

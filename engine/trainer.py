@@ -40,7 +40,7 @@ class _AskedToStop(Exception):
 
 
 class Run:
-    """Data, logs, checkpoints and counters; ``stages`` hands the weights on."""
+    """Data, logs, checkpoints and counters; ``stages`` hands weights and optimiser state on."""
 
     def __init__(self, launch: Launch, world: World, watchdog: Watchdog, preemption: Preemption):
         self.config, self.world, self.checkpoint = launch.config, world, launch.checkpoint
@@ -84,7 +84,8 @@ class Run:
                     self._begin(stage)
                 self.watchdog.beat(self.step, FIRST_STEP)
                 yield stage
-                stage.end()
+                with self.watchdog.pause("keeping the optimiser's state"):
+                    stage.end()
             finally:
                 # Sharded weights cannot be made while torch's profiler holds tensors; nor is that part of a step.
                 self.recorder.close()

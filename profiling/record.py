@@ -32,7 +32,7 @@ def recording_folder(folder: Path, first_step: int, num_steps: int, done: int) -
     if num_steps and done >= first_step and not (folder / _name(first_step)).exists():
         rest = f"only {first} to {last} are" if first <= last else "none is"
         said = f"steps {first_step} to {last} were to be recorded (logging.trace_steps); the run goes on after step {done}: {rest}"
-        print(f"warning: {said}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"warning: {said}\n")
     names = (_name(first) + (f"-{life}" if life > 1 else "") for life in count(1))
     return next(folder / name for name in names if not (folder / name).exists())
 

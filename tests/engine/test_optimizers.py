@@ -391,3 +391,21 @@ def test_steps_of_apex_and_its_state(make, install, error):
         steps(m, o, range(2, 4))
     assert same(dict(again.named_parameters()), dict(model.named_parameters()))
     assert max(error(a.detach(), b.detach()) for a, b in zip(model.parameters(), plain.parameters(), strict=True)) < 1e-5
+
+
+def test_apex_counts_the_steps_of_a_part_that_began_before_the_others(make, install, error):
+    install({**NVIDIAS, "apex/optimizers/fused_adam.py": FUSED_ADAM, "amp_C.py": ""})
+    plain, adamw, _ = make()
+    model = build_model(MODEL, 0)
+    groups = parameter_groups(
+        model, stage(trainable=dict.fromkeys(("vision", "projector", "language"), 1.0)), OptimizerConfig(kind="apex")
+    )
+    apex = ApexAdam(groups, find_fused_adam(), 1e-2, (0.9, 0.95), 1e-8)
+    for group in adamw.param_groups:
+        group["multiplier"] = 1.0
+    for m, o in ((plain, adamw), (model, apex)):
+        for learning, numbers in ((("projector",), range(3)), (("vision", "projector", "language"), range(3, 5))):
+            for name, part in m.named_children():
+                part.requires_grad_(name in learning)
+            steps(m, o, numbers)
+    assert max(error(a.detach(), b.detach()) for a, b in zip(model.parameters(), plain.parameters(), strict=True)) < 1e-5

@@ -136,11 +136,11 @@ def continue_optimizer(
     """Go on with the state of an optimiser of the same kind over another model on this layout; every rank of the world calls it.
 
     states: what this rank has of it, for ``before``; parts: those that learned there and learn here. The state of parameters that stay
-    where they are is taken as it is, without a copy. Raises ValueError as ``model.restore`` does.
+    where they are is taken as it is, without a copy. Raises ValueError as ``restore`` of a DeepSpeedModel does.
     """
     states = {name: state for name, state in states.items() if name.split(".")[0] in parts}
     if isinstance(optimizer, ZeroOptimizer):
-        model.restore(tensors_of(states))
+        optimizer.model.restore_state(tensors_of(states))
         return
     names = {p: name for name, p in model.named_parameters() if name.split(".")[0] in parts}
     for group in optimizer.param_groups:

@@ -246,17 +246,20 @@ class DeepSpeedModel(ParallelModel):
         return {"step": torch.tensor(float(self.steps)), **moments}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write weights, where there are any, and AdamW's state in the form of :meth:`state_of`, to where DeepSpeed has them.
+        """Write weights, and AdamW's state in the form of :meth:`state_of`, to where DeepSpeed has them.
 
         Raises ValueError where parameters have taken different numbers of steps.
         """
+        self.restore_state(tensors)
+        for name, p in self.named_parameters():
+            self._write(p, self._whole(tensors[f"model.{name}"]))
+
+    def restore_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """:meth:`restore` of AdamW's state alone; the weights stay as they are."""
         steps = {int(value) for key, value in tensors.items() if key.startswith("optimizer.step.")}
         if len(steps) != 1:
             raise ValueError(f"DeepSpeed counts the steps of all parameters as one, and here they are {sorted(steps)}")
         self._make_moments()
-        for name, p in self.named_parameters():
-            if f"model.{name}" in tensors:
-                self._write(p, self._whole(tensors[f"model.{name}"]))
         for moment in MOMENTS:
             for name, p in self._learning():
                 self._write_moment(p, self._whole(tensors[f"optimizer.{moment}.{name}"]), moment)
